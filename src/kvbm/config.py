@@ -1,0 +1,353 @@
+"""What users of KVBM may set, each key declared once, and where its value comes from.
+
+Sources, in rising precedence: defaults, a TOML file, the environment, the connector's
+`kv_connector_extra_config`, keyword arguments. All problems of all sources are reported in one `ConfigError`.
+"""
+
+import difflib
+import math
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from kvbm.errors import ConfigError
+
+# A key's type says what is allowed, its `_key` all the rest.
+_Flag = Annotated[bool, Meta(description="true or false")]
+_Count = Annotated[int, Meta(description="an integer >= 1", ge=1)]
+_Seconds = Annotated[float, Meta(description="a number > 0", gt=0)]
+_Gigabytes = Annotated[float, Meta(description="a number >= 0", ge=0)]
+_OptionalCount = Annotated[Annotated[int, Meta(ge=0)] | None, Meta(description="an integer >= 0, or none")]
+_Policy = Annotated[
+    str,
+    Meta(
+        description="lru, segmented-lru or module:Class",
+        pattern=r"^(lru|segmented-lru|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$",
+    ),
+]
+_OnLoadFailure = Annotated[Literal["recompute", "engine"], Meta(description="recompute or engine")]
+
+
+def _key(env: str, doc: str) -> Meta:
+    return Meta(description=doc, extra={"env": env})
+
+
+class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The tier in host memory (G2)."""
+
+    cache_gb: Annotated[
+        _Gigabytes,
+        _key(
+            "DYN_KVBM_CPU_CACHE_GB",
+            "Size of the host cache in GB (1e9 bytes), the sum over all ranks. 0: no host cache.",
+        ),
+    ] = 0.0
+    num_blocks: Annotated[
+        _OptionalCount,
+        _key(
+            "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS",
+            "Exact number of blocks in the host cache. 0 or none: `host.cache_gb` decides.",
+        ),
+    ] = None
+    policy: Annotated[
+        _Policy,
+        _key(
+            "KVBM_HOST_POLICY", "Which block leaves a full host cache; `module:Class` names one of your own."
+        ),
+    ] = "lru"
+    checksum: Annotated[
+        _Flag, _key("KVBM_HOST_CHECKSUM", "Verify the checksum of a host record before it is loaded.")
+    ] = True
+
+
+class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How blocks move between tiers."""
+
+    max_concurrent: Annotated[
+        _Count,
+        _key(
+            "DYN_KVBM_MAX_CONCURRENT_TRANSFERS",
+            "Most operations that a worker executes at once; half the CPU cores are the limit in any case.",
+        ),
+    ] = 4
+    max_batch_blocks: Annotated[
+        _Count, _key("DYN_KVBM_MAX_TRANSFER_BATCH_SIZE", "Most blocks that one offload operation copies.")
+    ] = 16
+    max_queued_blocks: Annotated[
+        _Count,
+        _key(
+            "KVBM_TRANSFER_MAX_QUEUED_BLOCKS",
+            "Most blocks that wait to be offloaded; those beyond it are dropped, never delayed.",
+        ),
+    ] = 4096
+    timeout_s: Annotated[
+        _Seconds,
+        _key("KVBM_TRANSFER_TIMEOUT_S", "Seconds that one operation may take; after them a load is a miss."),
+    ] = 30.0
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How KVBM lives with the engine."""
+
+    init_timeout_s: Annotated[
+        _Seconds,
+        _key(
+            "DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS",
+            "Seconds that the leader waits at start-up until every worker is ready.",
+        ),
+    ] = 1800.0
+    allow_untested: Annotated[
+        _Flag,
+        _key("KVBM_ALLOW_UNTESTED_ENGINE", "Start with an engine version outside the supported range."),
+    ] = False
+    load_failure_policy: Annotated[
+        _OnLoadFailure,
+        _key(
+            "KVBM_LOAD_FAILURE_POLICY",
+            "When a block fails to load. recompute: KVBM sets vLLM's `kv_load_failure_policy` to "
+            "recompute; engine: the engine's own setting stays.",
+        ),
+    ] = "recompute"
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """The effective settings. Made by `load_config`, which validates."""
+
+    host: HostConfig
+    transfer: TransferConfig
+    engine: EngineConfig
+    sources: Mapping[str, str]
+    """Where each value comes from: dotted key to source."""
+    notices: tuple[str, ...]
+    """What the user should know about settings that have no effect, to be logged once."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether a host cache was configured."""
+        return (self.host.num_blocks or self.host.cache_gb) > 0
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """One setting, as the documentation shows it."""
+
+    key: str
+    type: str
+    default: str
+    env: str
+    doc: str
+
+
+_SECTIONS = {"host": HostConfig, "transfer": TransferConfig, "engine": EngineConfig}
+_FIELDS = {
+    f"{section}.{field.name}": field
+    for section, struct in _SECTIONS.items()
+    for field in msgspec.structs.fields(struct)
+}
+
+
+def iter_settings() -> Iterator[Setting]:
+    """All settings in the order of the documentation."""
+    for key, field in _FIELDS.items():
+        allowed, about = field.type.__metadata__[-2:]
+        default = "none" if field.default is None else str(field.default).lower()
+        yield Setting(key, allowed.description, default, about.extra["env"], about.description)
+
+
+_SETTINGS = {setting.key: setting for setting in iter_settings()}
+_KEY_OF_ENV = {setting.env: setting.key for setting in _SETTINGS.values()}
+_FILE_KEY = "config_file"
+_FILE_ENV = "KVBM_CONFIG"
+
+_DISK = "this version has no disk tier yet"
+_OBJECT = "this version has no object tier yet"
+_PORTS = "no ports are needed, leader and workers use the engine's channel"
+_NUMA = "host memory is placed without it"
+_OBSERVE = "this version has no metrics, records or cache statistics yet"
+_EVENTS = "this version has no KV events yet"
+_TRTLLM = "this version has no TensorRT-LLM integration yet"
+IGNORED_ENV: dict[str, str] = {
+    "DYN_KVBM_DISK_CACHE_GB": _DISK,
+    "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS": _DISK,
+    "DYN_KVBM_DISK_CACHE_DIR": _DISK,
+    "DYN_KVBM_DISK_ALLOCATOR_TYPE": _DISK,
+    "DYN_KVBM_DISK_ZEROFILL_FALLBACK": _DISK,
+    "DYN_KVBM_DISK_DISABLE_O_DIRECT": _DISK,
+    "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER": _DISK,
+    "DYN_KVBM_OBJECT_*": _OBJECT,
+    "DYN_KVBM_NIXL_BACKEND_*": "this version does not use NIXL",
+    "DYN_KVBM_HOST_OFFLOAD_PREFIX_MIN_PRIORITY": "no supported engine gives blocks a priority",
+    "DYN_KVBM_TRANSFER_BATCH_SIZE": "DYN_KVBM_MAX_TRANSFER_BATCH_SIZE is the name that has an effect",
+    "DYN_KVBM_DISABLE_WRITE_COMBINED": "host memory is never write-combined",
+    "DYN_KVBM_ENABLE_NUMA": _NUMA,
+    "DYN_MEMORY_DISABLE_NUMA": _NUMA,
+    "DYN_KVBM_LEADER_ZMQ_HOST": _PORTS,
+    "DYN_KVBM_LEADER_ZMQ_PUB_PORT": _PORTS,
+    "DYN_KVBM_LEADER_ZMQ_ACK_PORT": _PORTS,
+    "DYN_KVBM_BARRIER_ID_PREFIX": _PORTS,
+    "DYN_KVBM_METRICS": _OBSERVE,
+    "DYN_KVBM_METRICS_PORT": _OBSERVE,
+    "DYN_KVBM_ENABLE_RECORD": _OBSERVE,
+    "DYN_KVBM_CACHE_STATS_MAX_REQUESTS": _OBSERVE,
+    "DYN_KVBM_CACHE_STATS_LOG_INTERVAL_SECS": _OBSERVE,
+    "DYN_KVBM_KV_EVENTS_ENABLE_CONSOLIDATOR": _EVENTS,
+    "DYN_KVBM_KV_EVENTS_CONSOLIDATOR_MODE": _EVENTS,
+    "DYN_KVBM_TRTLLM_ZMQ_PORT": _TRTLLM,
+    "DYN_KVBM_NCCL_MLA_MODE": _TRTLLM,
+    "DYN_KVBM_NCCL_MAX_CTAS": _TRTLLM,
+}
+"""Names that NVIDIA's KVBM reads or documents and that have no effect here, and why; `*` ends a prefix."""
+
+# Kubernetes puts the address of a service named "kvbm" into every pod as KVBM_SERVICE_HOST, KVBM_PORT, ...
+_KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?$")
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+def _env_core(name: str) -> str:
+    return name.removeprefix("DYN_").removeprefix("KVBM_").lower()
+
+
+# What a user may have had in mind, in lower case, and the right name for it.
+_KEY_GUESSES = {
+    **{setting.env.lower(): setting.key for setting in _SETTINGS.values()},
+    **{key: key for key in (*_SETTINGS, _FILE_KEY)},
+}
+_ENV_GUESSES = {
+    **{setting.key.replace(".", "_"): setting.env for setting in _SETTINGS.values()},
+    **{_env_core(name): name for name in (*IGNORED_ENV, *_KEY_OF_ENV, _FILE_ENV) if not name.endswith("*")},
+}
+
+
+class _Given(NamedTuple):
+    key: str
+    value: Any
+    source: str
+
+
+def load_config(
+    extra: Mapping[str, Any] | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    **overrides: Any,
+) -> Config:
+    """Merge all sources, or raise one `ConfigError` that names every problem in them.
+
+    `extra` is the connector's `kv_connector_extra_config`; `environ` is `os.environ` unless given. Keys are
+    nested mappings or dotted names, as keywords also `host__cache_gb`. `config_file` names the TOML file.
+    """
+    problems: list[str] = []
+    from_environ, notices = _read_environ(os.environ if environ is None else environ, problems)
+    keywords = {name.replace("__", "."): value for name, value in overrides.items()}
+    given = [
+        *from_environ,
+        *_flatten(extra or {}, "kv_connector_extra_config", problems),
+        *_flatten(keywords, "keyword argument", problems),
+    ]
+    files = [item for item in given if item.key == _FILE_KEY]
+    given = [item for item in given if item.key != _FILE_KEY]
+    if files:
+        given = [*_read_file(files[-1], problems), *given]
+
+    values = {key: field.default for key, field in _FIELDS.items()}
+    sources = dict.fromkeys(_FIELDS, "default")
+    for key, value, source in given:
+        if key not in _FIELDS:
+            guesses = {name: name for name in _SECTIONS} if isinstance(value, Mapping) else _KEY_GUESSES
+            problems.append(f"unknown key {key!r} ({source}): {_suggest(key.lower(), guesses)}")
+        elif sources[key] == source:
+            problems.append(f"{key} ({source}): given twice, keep one")
+        else:
+            sources[key] = source
+            try:
+                values[key] = _convert(key, value)
+            except (msgspec.ValidationError, ValueError):  # the first is no ValueError in older msgspec
+                problems.append(f"{key} = {value!r} ({source}): must be {_SETTINGS[key].type}")
+    if problems:
+        raise ConfigError("wrong KVBM configuration:" + "".join(f"\n- {problem}" for problem in problems))
+
+    values["host.num_blocks"] = values["host.num_blocks"] or None
+    if values["host.num_blocks"] and values["host.cache_gb"]:
+        notices.append(
+            f"host.cache_gb ({sources['host.cache_gb']}) has no effect: "
+            f"host.num_blocks ({sources['host.num_blocks']}) wins"
+        )
+    sections = {
+        section: struct(**{name: values[f"{section}.{name}"] for name in struct.__struct_fields__})
+        for section, struct in _SECTIONS.items()
+    }
+    return Config(**sections, sources=sources, notices=tuple(notices))
+
+
+def _convert(key: str, value: Any) -> Any:
+    if isinstance(value, str):
+        value = value.strip()
+        if value.lower() == "none":
+            value = None
+        elif isinstance(_FIELDS[key].default, bool):
+            value = {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}.get(value.lower())
+    value = msgspec.convert(value, _FIELDS[key].type, strict=not isinstance(value, str))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(value)
+    return value
+
+
+def _read_environ(environ: Mapping[str, str], problems: list[str]) -> tuple[list[_Given], list[str]]:
+    given, notices = [], []
+    for name, value in sorted(environ.items()):
+        if not value.strip():  # compose files and charts can't unset a variable, only empty it
+            continue
+        if name in _KEY_OF_ENV or name == _FILE_ENV:
+            given.append(_Given(_KEY_OF_ENV.get(name, _FILE_KEY), value, f"environment {name}"))
+        elif reason := _why_ignored(name):
+            notices.append(f"{name} is set, but {reason}: ignored")
+        elif name.startswith(("DYN_KVBM_", "KVBM_")) and not (
+            _KUBERNETES.search(name) or value.startswith("tcp://")
+        ):
+            problems.append(f"unknown environment variable {name}: {_suggest(_env_core(name), _ENV_GUESSES)}")
+    return given, notices
+
+
+def _read_file(origin: _Given, problems: list[str]) -> list[_Given]:
+    path = origin.value
+    try:
+        with open(os.fspath(path), "rb") as file:
+            tables = tomllib.load(file)
+    except (TypeError, OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        problems.append(f"{_FILE_KEY} = {path!r} ({origin.source}): must be a readable TOML file: {reason}")
+        return []
+    source = f"file {path}"
+    if tables.pop(_FILE_KEY, None) is not None:
+        problems.append(f"{_FILE_KEY} ({source}): a file can't name another, remove it")
+    return _flatten(tables, source, problems)
+
+
+def _flatten(tree: Mapping[str, Any], source: str, problems: list[str]) -> list[_Given]:
+    given = []
+    for name, value in tree.items():
+        if name not in _SECTIONS:
+            given.append(_Given(str(name), value, source))
+        elif isinstance(value, Mapping):
+            given += [_Given(f"{name}.{key}", item, source) for key, item in value.items()]
+        else:
+            keys = ", ".join(_SECTIONS[name].__struct_fields__)
+            problems.append(f"{name} = {value!r} ({source}): must be a table of {keys}")
+    return given
+
+
+def _why_ignored(name: str) -> str | None:
+    return IGNORED_ENV.get(name) or next(
+        (why for known, why in IGNORED_ENV.items() if known.endswith("*") and name.startswith(known[:-1])),
+        None,
+    )
+
+
+def _suggest(name: str, guesses: Mapping[str, str]) -> str:
+    close = difflib.get_close_matches(name, guesses, n=1)
+    if close:
+        return f"did you mean {guesses[close[0]]}?"
+    return f"remove it, or use one of {', '.join(dict.fromkeys(guesses.values()))}"

@@ -1,0 +1,119 @@
+"""Sequence hashes: 16 bytes that name a block by everything that determines its bytes.
+
+    root      = H(namespace, block size, cache salt, adapter)
+    block[0]  = H(root,       tokens of block 0, extra keys of block 0)
+    block[i]  = H(block[i-1], tokens of block i, extra keys of block i)
+
+H is BLAKE2b (RFC 7693) with a 16-byte digest: an attacker who chooses prompts needs about 2**64 work for
+two sequences that collide, and nothing depends on PYTHONHASHSEED, the process or the machine.
+Hashes travel in arrays of shape (n, 2), dtype uint64: the 16 bytes as two little-endian words.
+"""
+
+import json
+from array import array
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+HASH_BYTES = 16
+
+Hashes = NDArray[np.uint64]
+
+_TOKEN = np.dtype("<u4")
+_WORD = np.dtype("<u8")
+# Copying a prepared state costs 0.45 µs a block where constructing one costs 1.3 µs.
+_BLOCK_STATE = blake2b(digest_size=HASH_BYTES, person=b"kvbm block")
+
+
+def namespace_digest(fields: Mapping[str, object]) -> bytes:
+    """Digest of what all blocks of a cache have in common: model, dtypes, geometry, layout.
+
+    `fields` holds JSON-serialisable values; their order does not matter.
+    """
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return blake2b(canonical.encode(), digest_size=HASH_BYTES, person=b"kvbm namespace").digest()
+
+
+def root_hash(
+    namespace: bytes, block_size: int, *, salt: str | None = None, adapter: str | None = None
+) -> bytes:
+    """Start of the chain of one sequence; sequences share blocks only when their roots are equal."""
+    state = blake2b(digest_size=HASH_BYTES, person=b"kvbm root")
+    # Every field is prefixed with its length, so no two different sets of fields encode alike.
+    for part in (namespace, block_size.to_bytes(4, "little"), _optional(salt), _optional(adapter)):
+        state.update(len(part).to_bytes(8, "little"))
+        state.update(part)
+    return state.digest()
+
+
+def _optional(text: str | None) -> bytes:
+    return b"\0" if text is None else b"\1" + text.encode("utf-8", "surrogatepass")
+
+
+class SequenceHasher:
+    """The hash chain of one sequence, extended as the sequence grows. Not thread-safe."""
+
+    def __init__(self, root: bytes, block_size: int) -> None:
+        self.block_size = block_size
+        self._last = root
+        self._hashes = np.empty((16, 2), _WORD)
+        self._count = 0
+
+    def __len__(self) -> int:
+        """Number of blocks hashed."""
+        return self._count
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens hashed: always whole blocks. The next `extend` starts here."""
+        return self._count * self.block_size
+
+    @property
+    def hashes(self) -> Hashes:
+        """View of all hashes so far, shape (len(self), 2)."""
+        return self._hashes[: self._count]
+
+    def extend(
+        self, tokens: Sequence[int] | NDArray[np.integer], extra_keys: Mapping[int, bytes] | None = None
+    ) -> None:
+        """Hash the whole blocks among `tokens`, which follow token number `num_tokens`.
+
+        Tokens after the last whole block are ignored: give them again when the block is full.
+        `extra_keys` maps a block's index in the sequence to bytes that, beside the tokens, determine its
+        contents (the identity of an image, for example).
+        """
+        stride = self.block_size * _TOKEN.itemsize
+        data = _token_bytes(tokens)
+        added = len(data) // stride
+        copy_state = _BLOCK_STATE.copy
+        last = self._last
+        chain: list[bytes] = []
+        for start in range(0, added * stride, stride):
+            content = last + data[start : start + stride]
+            if extra_keys:
+                content += extra_keys.get(self._count + len(chain), b"")
+            state = copy_state()
+            state.update(content)
+            last = state.digest()
+            chain.append(last)
+        self._last = last
+        self._append(np.frombuffer(b"".join(chain), _WORD).reshape(-1, 2))
+
+    def _append(self, hashes: Hashes) -> None:
+        needed = self._count + len(hashes)
+        if needed > len(self._hashes):
+            grown = np.empty((max(needed, 2 * len(self._hashes)), 2), _WORD)
+            grown[: self._count] = self.hashes
+            self._hashes = grown
+        self._hashes[self._count : needed] = hashes
+        self._count = needed
+
+
+def _token_bytes(tokens: Sequence[int] | NDArray[np.integer]) -> bytes:
+    if isinstance(tokens, np.ndarray):
+        return tokens.astype(_TOKEN).tobytes()
+    # array() converts a list of ints twice as fast as numpy does.
+    packed = array("I", tokens)
+    return packed.tobytes() if packed.itemsize == _TOKEN.itemsize else np.asarray(packed, _TOKEN).tobytes()

@@ -1,0 +1,259 @@
+"""Blocks of one tier: fixed slots, their life cycle, who uses them, and which is evicted.
+
+    Reset ──allocate──▶ Partial ──complete──▶ Complete ──register──▶ Registered
+      ▲                    │                      │                      │
+      └────── release ─────┴────── withdraw ──────┴── withdraw, evict ───┘
+
+Partial: being filled, has no name yet. Complete: its sequence hash is known and taken, its bytes may still
+be on their way. Registered: every rank has written every byte; only now can it be matched.
+
+A pin keeps a slot's memory from being used for another block, whatever becomes of its contents: a block
+that is withdrawn while pinned (a failed copy that may still be writing) stays out of use until the last
+pin is gone.
+
+State is held in arrays; every call takes and returns arrays of slots. Not thread-safe.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbm.logic.hashing import Hashes
+from kvbm.logic.index import HashIndex, Slots
+from kvbm.logic.policies import EvictionPolicy
+
+
+class BlockState(IntEnum):
+    RESET = 0
+    PARTIAL = 1
+    COMPLETE = 2
+    REGISTERED = 3
+
+
+class EventKind(IntEnum):
+    STORED = 0
+    REMOVED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BlockEvent:
+    """Blocks that became matchable in a tier, or ceased to be. hashes: shape (n, 2), uint64."""
+
+    kind: EventKind
+    tier: str
+    group: int
+    hashes: Hashes
+
+
+Subscriber = Callable[[BlockEvent], None]
+
+
+class BlockPool:
+    """`capacity` slots of one tier. `tier` is the name that events carry."""
+
+    def __init__(self, capacity: int, policy: type[EvictionPolicy], tier: str = "host") -> None:
+        self.capacity = capacity
+        self.tier = tier
+        self.version = 0  # rises whenever the result of `match` may change
+        self.evictions = 0
+        self.num_registered = 0
+        self._policy = policy(capacity)
+        self._index = HashIndex(capacity)
+        self._states = np.zeros(capacity, np.uint8)
+        self._pins = np.zeros(capacity, np.int32)
+        self._groups = np.zeros(capacity, np.uint8)
+        # Stack of free slots; slot 0 is on top, so that a young pool touches its memory from the start.
+        self._free = np.arange(capacity - 1, -1, -1, dtype=np.int32)
+        self._num_free = capacity
+        self._subscribers: list[Subscriber] = []
+
+    # ---- looking up ----
+
+    def match(self, hashes: Hashes, group: int = 0) -> Slots:
+        """Slots of the longest prefix of `hashes` that is registered. Pins nothing."""
+        slots = self._index.find(hashes, group)
+        missing = np.flatnonzero((slots < 0) | (self._states[slots] != BlockState.REGISTERED))
+        return slots[: missing[0]] if len(missing) else slots
+
+    def find(self, hashes: Hashes, group: int = 0) -> Slots:
+        """Slot that owns each hash, complete or registered; -1 where there is none."""
+        return self._index.find(hashes, group)
+
+    def hashes(self, slots: Slots) -> Hashes:
+        """Sequence hashes of complete or registered slots."""
+        out = np.empty((len(slots), 2), np.uint64)
+        for group, members in self._by_group(slots):
+            out[members] = self._index.hashes(slots[members], group)
+        return out
+
+    def states(self, slots: Slots) -> NDArray[np.uint8]:
+        return self._states[slots]
+
+    def pins(self, slots: Slots) -> NDArray[np.int32]:
+        return self._pins[slots]
+
+    @property
+    def num_free(self) -> int:
+        """Slots that hold nothing. Evictable blocks are not counted."""
+        return self._num_free
+
+    # ---- life cycle ----
+
+    def allocate(self, count: int, group: int = 0) -> Slots:
+        """Up to `count` slots, Partial and pinned once; evicts what nobody uses. Fewer when all is in use."""
+        if count > self._num_free:
+            self._evict(count - self._num_free)
+        taken = min(count, self._num_free)
+        slots = self._free[self._num_free - taken : self._num_free][::-1].astype(np.int64)
+        self._num_free -= taken
+        self._states[slots] = BlockState.PARTIAL
+        self._pins[slots] = 1
+        self._groups[slots] = group
+        return slots
+
+    def complete(self, slots: Slots, hashes: Hashes, group: int = 0) -> Slots:
+        """Name Partial slots. Returns the owner of each hash: the slot itself, or the block that has it.
+
+        A duplicate's own slot is released and its owner pinned instead, so the caller holds the returned
+        slots just as it held `slots`.
+        """
+        owners = self._index.find(hashes, group)
+        # The first of equal hashes in one call owns, the others are its duplicates.
+        owners = np.where(owners >= 0, owners, slots[_first_occurrence(hashes)])
+        fresh = owners == slots
+        self._index.insert(hashes[fresh], slots[fresh], group)
+        self._states[slots[fresh]] = BlockState.COMPLETE
+        self.pin(owners[~fresh])
+        self.release(slots[~fresh])
+        return owners
+
+    def claim(self, hashes: Hashes, max_new: int, group: int = 0) -> tuple[Slots, NDArray[np.bool_]]:
+        """A pinned owner for each hash: the block that has it, or a new Complete one.
+
+        Returns (slots, is_new), shape (n,) each. At most `max_new` are new; a hash that gets no slot, for
+        want of room or because of `max_new`, has slot -1. Equal hashes share a slot.
+        """
+        slots = self._index.find(hashes, group)
+        is_new = np.zeros(len(slots), bool)
+        # Found blocks are pinned before anything is allocated: eviction must not take them.
+        self.pin(slots[slots >= 0])
+        missing = np.flatnonzero(slots < 0)
+        if len(missing):
+            origin = _first_occurrence(hashes[missing])
+            # In the order of the request, so that what finds no room is the tail.
+            wanted = np.flatnonzero(origin == np.arange(len(missing)))[:max_new]
+            new = self.allocate(len(wanted), group)
+            targets = missing[wanted[: len(new)]]
+            self._index.insert(hashes[targets], new, group)
+            self._states[new] = BlockState.COMPLETE
+            slots[targets] = new
+            is_new[targets] = True
+            repeated = origin != np.arange(len(missing))
+            if repeated.any():
+                slots[missing[repeated]] = slots[missing[origin[repeated]]]
+                shared = slots[missing[repeated]]
+                self.pin(shared[shared >= 0])
+        return slots, is_new
+
+    def register(self, slots: Slots) -> None:
+        """Complete to Registered: all bytes are written on all ranks, from now on it can be matched."""
+        self._states[slots] = BlockState.REGISTERED
+        self.num_registered += len(slots)
+        self._changed(EventKind.STORED, slots)
+
+    def withdraw(self, slots: Slots) -> None:
+        """Drop the contents of Complete or Registered blocks at once, pinned or not: nobody may use them."""
+        registered = slots[self._states[slots] == BlockState.REGISTERED]
+        self._index.remove(slots)
+        self._states[slots] = BlockState.RESET
+        self._policy.forget(slots)
+        if len(registered):
+            self.num_registered -= len(registered)
+            self._changed(EventKind.REMOVED, registered)
+        self._put_back(slots[self._pins[slots] == 0])
+
+    def clear(self) -> Slots:
+        """Withdraw every block that is complete or registered; returns their slots."""
+        slots = np.flatnonzero(self._states >= BlockState.COMPLETE)
+        self.withdraw(slots)
+        return slots
+
+    # ---- use ----
+
+    def pin(self, slots: Slots) -> None:
+        """Use blocks again (repeats count): they stay until released as often."""
+        if _distinct(slots):  # an unbuffered add costs twenty times as much
+            self._pins[slots] += 1
+        else:
+            np.add.at(self._pins, slots, 1)
+            slots = np.unique(slots)
+        self._policy.reuse(slots)
+
+    def release(self, slots: Slots) -> None:
+        """Undo one pin of each of distinct slots, given in the order of their sequence, head first."""
+        self._pins[slots] -= 1
+        idle = slots[self._pins[slots] == 0]
+        states = self._states[idle]
+        # Tail first: it is evicted before the head, without which it would be worth nothing.
+        self._policy.insert(idle[states == BlockState.REGISTERED][::-1])
+        abandoned = idle[states == BlockState.COMPLETE]
+        if len(abandoned):
+            self._index.remove(abandoned)
+        self._put_back(idle[states != BlockState.REGISTERED])
+
+    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
+        """Call `subscriber` with each BlockEvent from now on; returns what ends the subscription."""
+        self._subscribers.append(subscriber)
+        return lambda: self._subscribers.remove(subscriber)
+
+    # ---- inside ----
+
+    def _evict(self, count: int) -> None:
+        victims = self._policy.evict(count)
+        # A policy named by the user may be wrong: nothing in use is ever given away.
+        victims = victims if _distinct(victims) else np.unique(victims)
+        victims = victims[(self._pins[victims] == 0) & (self._states[victims] == BlockState.REGISTERED)]
+        if not len(victims):
+            return
+        self._index.remove(victims)
+        self.evictions += len(victims)
+        self.num_registered -= len(victims)
+        self._changed(EventKind.REMOVED, victims)
+        self._put_back(victims)
+
+    def _put_back(self, slots: Slots) -> None:
+        self._states[slots] = BlockState.RESET
+        self._free[self._num_free : self._num_free + len(slots)] = slots
+        self._num_free += len(slots)
+
+    def _changed(self, kind: EventKind, slots: Slots) -> None:
+        self.version += 1
+        if not self._subscribers:
+            return
+        for group, members in self._by_group(slots):
+            event = BlockEvent(kind, self.tier, group, self._index.hashes(slots[members], group))
+            for subscriber in tuple(self._subscribers):
+                subscriber(event)
+
+    def _by_group(self, slots: Slots) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+        groups = self._groups[slots]
+        for group in np.unique(groups):
+            yield int(group), groups == group
+
+
+def _distinct(slots: Slots) -> bool:
+    ordered = np.sort(slots)
+    return bool((ordered[1:] != ordered[:-1]).all())
+
+
+def _first_occurrence(hashes: Hashes) -> NDArray[np.int64]:
+    """For each hash the position of the first one equal to it."""
+    words = np.sort(hashes[:, 0])
+    if (words[1:] != words[:-1]).all():  # nearly always, and ten times faster than comparing whole keys
+        return np.arange(len(hashes))
+    keys = np.ascontiguousarray(hashes).view("S16").reshape(-1)
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return first[inverse.reshape(-1)]

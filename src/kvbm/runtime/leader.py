@@ -1,0 +1,264 @@
+"""The leader: index and decisions of one engine, in the engine's scheduler process.
+
+It gives the planner a clock, waits until every rank is ready, and keeps the engine safe from us: an error
+inside turns caching off for the rest of the run, with one log entry, and every question is then answered
+"not cached".
+"""
+
+import functools
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Concatenate, TypeVar
+
+import numpy as np
+
+from kvbm.config import Config
+from kvbm.logic.hashing import SequenceHasher, root_hash
+from kvbm.logic.operations import Direction, Operation
+from kvbm.logic.planner import Outcome, Planner, Stats
+from kvbm.logic.policies import load_policy
+from kvbm.logic.pool import BlockEvent, BlockPool
+from kvbm.runtime.messages import StepOrders, WorkerReport
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+
+def _off_on_error(
+    default: Callable[[], Any],
+) -> Callable[[Callable[Concatenate["Leader", ...], _T]], Callable[Concatenate["Leader", ...], _T]]:
+    """No exception reaches the engine: the call answers `default()` and caching is turned off."""
+
+    def decorate(
+        method: Callable[Concatenate["Leader", ...], _T],
+    ) -> Callable[Concatenate["Leader", ...], _T]:
+        @functools.wraps(method)
+        def guarded(self: "Leader", *args: Any, **kwargs: Any) -> _T:
+            if self.off_reason is not None:
+                return default()
+            try:
+                return method(self, *args, **kwargs)
+            except Exception:
+                logger.exception("KVBM: internal error in %s; caching is off from here on", method.__name__)
+                self.off_reason = f"internal error in {method.__name__}"
+                return default()
+
+        return guarded
+
+    return decorate
+
+
+class Leader:
+    """Decides for one engine with `ranks` workers. All calls from one thread, the engine's scheduler.
+
+    num_slots: blocks in the host tier. namespace: 16 bytes, see `namespace_digest`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        namespace: bytes,
+        block_size: int,
+        num_slots: int,
+        ranks: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.off_reason: str | None = None  # set: nothing is cached, and why
+        self.not_cached: Counter[str] = Counter()  # requests by reason
+        self._namespace = namespace
+        self._block_size = block_size
+        self._num_slots = num_slots
+        self._ranks = ranks
+        self._clock = clock
+        self._init_timeout_s = config.engine.init_timeout_s
+        self._init_deadline: float | None = None  # counted from the first step
+        self._timeout_s = config.transfer.timeout_s
+        self._ready: set[int] = set()
+        self._orders = StepOrders()
+        self._lost_loads = 0
+        self._pool = BlockPool(num_slots, load_policy(config.host.policy))
+        self._planner = Planner(
+            self._pool,
+            ranks=ranks,
+            max_batch_blocks=config.transfer.max_batch_blocks,
+            max_queued_blocks=config.transfer.max_queued_blocks,
+            timeout_s=config.transfer.timeout_s,
+        )
+
+    # ---- what users see ----
+
+    @property
+    def stats(self) -> Stats:
+        return self._planner.stats
+
+    @property
+    def pool(self) -> BlockPool:
+        return self._pool
+
+    @property
+    def ready(self) -> bool:
+        """All ranks have their memory; until then nothing is matched or offloaded."""
+        return self.off_reason is None and len(self._ready) == self._ranks
+
+    def subscribe(self, subscriber: Callable[[BlockEvent], None]) -> Callable[[], None]:
+        """Call with every stored and removed event; an error in the subscriber ends its subscription."""
+
+        def guarded(event: BlockEvent) -> None:
+            try:
+                subscriber(event)
+            except Exception:
+                logger.exception("KVBM: an event subscriber raised and is unsubscribed")
+                unsubscribe()
+
+        unsubscribe = self._pool.subscribe(guarded)
+        return unsubscribe
+
+    # ---- requests ----
+
+    @_off_on_error(lambda: None)
+    def start(self, request_id: str, *, salt: str | None = None, adapter: str | None = None) -> None:
+        """Follow a request whose content is identified by salt, adapter and what `tokens` is given."""
+        root = root_hash(self._namespace, self._block_size, salt=salt, adapter=adapter)
+        self._planner.add_request(request_id, SequenceHasher(root, self._block_size))
+
+    def refuse(self, reason: str) -> None:
+        """Count a request that isn't cached."""
+        self.not_cached[reason] += 1
+
+    @_off_on_error(lambda: None)
+    def hasher(self, request_id: str) -> SequenceHasher | None:
+        """The request's hash chain, for the caller to extend; None if the request is not followed."""
+        return self._planner.hasher(request_id)
+
+    @_off_on_error(lambda: 0)
+    def match(self, request_id: str, first: int) -> int:
+        """Number of blocks from block `first` on that can be loaded. Cheap, no side effect."""
+        return self._planner.match(request_id, first) if self.ready else 0
+
+    def load(self, request_id: str, first: int, count: int, device_blocks: Sequence[int]) -> None:
+        """Order the load of blocks first .. first+count-1; `device_blocks` is the request's whole table.
+
+        The engine waits for this load, so there is always an operation, if only one that fails.
+        """
+        self.set_table(request_id, device_blocks)
+        operation = self._load(request_id, first, count)
+        if operation is None:
+            blocks = np.asarray(device_blocks[first : first + count], np.int32)
+            nothing = np.full(len(blocks), -1, np.int32)
+            self._lost_loads += 1
+            operation = Operation(
+                -self._lost_loads, Direction.ONBOARD, request_id, blocks, nothing, self._timeout_s
+            )
+        self._orders.operations.append(operation)
+
+    @_off_on_error(lambda: None)
+    def set_table(self, request_id: str, device_blocks: Sequence[int]) -> None:
+        self._planner.set_table(request_id, device_blocks)
+
+    @_off_on_error(lambda: None)
+    def extend_table(self, request_id: str, device_blocks: Sequence[int]) -> None:
+        self._planner.extend_table(request_id, device_blocks)
+
+    @_off_on_error(lambda: None)
+    def store(self, computed: Iterable[tuple[str, int]]) -> None:
+        """Order the offload of what the host lacks of each request's first `n` blocks."""
+        if self.ready:
+            self._orders.operations += self._planner.store(computed, self._clock())
+
+    @_off_on_error(lambda: None)
+    def preempt(self, request_id: str) -> None:
+        """The request's device blocks are given to others in this step."""
+        self._orders.cancel += self._planner.preempt(request_id)
+
+    @_off_on_error(Outcome)
+    def finish(self, request_id: str, device_blocks: Sequence[int], blocks: int) -> Outcome:
+        """The request has ended; the first `blocks` of its blocks are computed."""
+        operations, outcome = self._planner.finish(
+            request_id, device_blocks, blocks if self.ready else 0, self._clock()
+        )
+        self._orders.operations += operations
+        return outcome
+
+    @_off_on_error(Outcome)
+    def abandon(self) -> Outcome:
+        """Release the device blocks of finished requests now, at the cost of the offloads that read them."""
+        cancelled, outcome = self._planner.abandon()
+        self._orders.cancel += cancelled
+        return outcome
+
+    # ---- workers ----
+
+    def take_orders(self) -> StepOrders:
+        """What the ranks have to do in this step. Once a step."""
+        orders, self._orders = self._orders, StepOrders()
+        return orders
+
+    def receive(self, reports: Iterable[WorkerReport]) -> list[Outcome]:
+        """Take in the ranks' reports. Outcomes say which device blocks to hold and which to release."""
+        return [outcome for report in reports for outcome in self._receive(report)]
+
+    def tick(self) -> None:
+        """Let deadlines pass. Once a step."""
+        if self.off_reason is None:
+            self._tick()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether the engine must step on, though it has no request, so that orders and reports travel."""
+        return bool(self._orders.operations) or self._has_work()
+
+    def clear(self) -> bool:
+        """Forget all blocks of the host tier; False if that could not be done."""
+        return self._clear()
+
+    # ---- guarded insides ----
+
+    @_off_on_error(lambda: None)
+    def _load(self, request_id: str, first: int, count: int) -> Operation | None:
+        return self._planner.load(request_id, first, count, self._clock())
+
+    @_off_on_error(list)
+    def _receive(self, report: WorkerReport) -> list[Outcome]:
+        if report.refused is not None:
+            self.off_reason = report.refused
+            logger.warning("KVBM: caching is off: %s", report.refused)
+            return []
+        if report.rank not in self._ready:
+            if report.num_slots != self._num_slots:
+                self.off_reason = f"rank {report.rank} has {report.num_slots} blocks, not {self._num_slots}"
+                logger.error("KVBM: caching is off: %s. Please report this.", self.off_reason)
+                return []
+            self._ready.add(report.rank)
+            if self.ready:
+                logger.info(
+                    "KVBM: host tier ready, %d blocks of %d tokens", self._num_slots, self._block_size
+                )
+        return [self._planner.complete(report.rank, completion) for completion in report.completions]
+
+    @_off_on_error(lambda: None)
+    def _tick(self) -> None:
+        now = self._clock()
+        self._planner.expire(now)
+        if self.ready:
+            return
+        if self._init_deadline is None:
+            self._init_deadline = now + self._init_timeout_s
+        elif now > self._init_deadline:
+            missing = sorted(set(range(self._ranks)) - self._ready)
+            self.off_reason = f"ranks {missing} did not report in time"
+            logger.error(
+                "KVBM: caching is off: %s. Raise DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS?", self.off_reason
+            )
+
+    @_off_on_error(lambda: False)
+    def _has_work(self) -> bool:
+        return self._planner.has_work
+
+    @_off_on_error(lambda: False)
+    def _clear(self) -> bool:
+        self._planner.clear()
+        return True

@@ -1,0 +1,86 @@
+"""Host arena: the memory of the host tier of one rank.
+
+An anonymous shared mapping (memfd): a process that inherits or receives its descriptor can attach to the
+same bytes, nothing appears in a file system, and nothing is left behind when the engine is killed.
+"""
+
+import contextlib
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbm.errors import CapacityError
+
+RECORD_ALIGNMENT = 4096  # a record is one O_DIRECT-capable I/O on the tiers below
+
+
+def slot_bytes(record_bytes: int) -> int:
+    """Bytes that a record takes in an arena."""
+    return -(-record_bytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
+
+
+class HostArena:
+    """`num_slots` records of `record_bytes` each; pages are taken from the system when first written."""
+
+    def __init__(self, num_slots: int, record_bytes: int) -> None:
+        self.num_slots = num_slots
+        self.record_bytes = record_bytes
+        self.slot_bytes = slot_bytes(record_bytes)
+        size = num_slots * self.slot_bytes
+        try:
+            self.fd = os.memfd_create("kvbm-host-arena", os.MFD_CLOEXEC)
+            os.ftruncate(self.fd, size)
+            self._mapping = mmap.mmap(self.fd, size)
+        except (OSError, ValueError) as error:
+            raise CapacityError(
+                f"The host tier of {size / 1e9:.2f} GB can't be mapped: {error}. Lower DYN_KVBM_CPU_CACHE_GB."
+            ) from error
+        self.slots: NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8).reshape(
+            num_slots, self.slot_bytes
+        )
+
+    def records(self) -> NDArray[np.uint8]:
+        """View of all records, shape (num_slots, record_bytes)."""
+        return self.slots[:, : self.record_bytes]
+
+    def close(self) -> None:
+        """Give the memory back once no view of it is left."""
+        del self.slots
+        with contextlib.suppress(BufferError):  # a caller still holds a view: the mapping goes with it
+            self._mapping.close()
+        os.close(self.fd)
+
+
+def ensure_fits(total_bytes: int, root: Path = Path("/")) -> None:
+    """Raise CapacityError when this machine, or the cgroup we run in, can't hold `total_bytes` more."""
+    available = available_memory(root)
+    if available is not None and total_bytes > available:
+        raise CapacityError(
+            f"The host tier needs {total_bytes / 1e9:.2f} GB but only {available / 1e9:.2f} GB of memory are "
+            f"available here. Lower DYN_KVBM_CPU_CACHE_GB (or DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS), or "
+            f"give the machine or container more memory."
+        )
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that can still be taken: the least of /proc/meminfo's MemAvailable and the cgroup's headroom."""
+    limits: list[int] = []
+    try:
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) * 1024)
+    except (OSError, ValueError, IndexError):
+        pass
+    for limit_file, usage_file in (
+        ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),  # cgroup v2
+        ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),  # v1
+    ):
+        try:
+            limit = int((root / limit_file).read_text())  # "max" where there is no limit: ValueError
+            limits.append(max(0, limit - int((root / usage_file).read_text())))
+        except (OSError, ValueError):
+            continue
+    return min(limits) if limits else None

@@ -1,0 +1,75 @@
+"""Copy engines: move the bytes of whole blocks between an engine's KV tensors and a host arena."""
+
+import ctypes
+from abc import ABC, abstractmethod
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from kvbm.transfer.arena import HostArena
+from kvbm.transfer.layout import KvLayout, Run
+
+
+class CopyEngine(ABC):
+    """Copies block `device_blocks[i]` to or from the record in slot `host_slots[i]`.
+
+    Shapes (n,), any integer dtype. `offload` and `onboard` return when the bytes have arrived and may raise
+    when they did not. They are called from threads of ours, several at once, with disjoint slots and blocks.
+    """
+
+    def fence(self) -> object:
+        """Called by the engine's forward thread: marks what it has given the device to do so far.
+
+        A copy that is handed this mark as `after` happens behind it.
+        """
+        return None
+
+    @abstractmethod
+    def offload(
+        self, device_blocks: NDArray[np.integer], host_slots: NDArray[np.integer], after: object = None
+    ) -> None: ...
+
+    @abstractmethod
+    def onboard(
+        self, device_blocks: NDArray[np.integer], host_slots: NDArray[np.integer], after: object = None
+    ) -> None: ...
+
+
+class CpuCopyEngine(CopyEngine):
+    """For KV tensors in this process's memory. One strided memcpy a block and run, without the GIL."""
+
+    def __init__(self, layout: KvLayout, arena: HostArena) -> None:
+        self._pairs = [(_device_view(run, layout.num_blocks), _host_view(run, arena)) for run in layout.runs]
+
+    def offload(
+        self, device_blocks: NDArray[np.integer], host_slots: NDArray[np.integer], after: object = None
+    ) -> None:
+        for device, host in self._pairs:
+            for block, slot in zip(device_blocks.tolist(), host_slots.tolist(), strict=True):
+                np.copyto(host[slot], device[block])
+
+    def onboard(
+        self, device_blocks: NDArray[np.integer], host_slots: NDArray[np.integer], after: object = None
+    ) -> None:
+        for device, host in self._pairs:
+            for block, slot in zip(device_blocks.tolist(), host_slots.tolist(), strict=True):
+                np.copyto(device[block], host[slot])
+
+
+def _device_view(run: Run, num_blocks: int) -> NDArray[np.uint8]:
+    """The run's bytes in the engine's memory, shape (num_blocks, pieces, piece_bytes)."""
+    extent = (num_blocks - 1) * run.block_stride + (run.pieces - 1) * run.piece_stride + run.piece_bytes
+    memory = np.ctypeslib.as_array((ctypes.c_uint8 * extent).from_address(run.address))
+    return as_strided(
+        memory, (num_blocks, run.pieces, run.piece_bytes), (run.block_stride, run.piece_stride, 1)
+    )
+
+
+def _host_view(run: Run, arena: HostArena) -> NDArray[np.uint8]:
+    """The same in the arena, shape (num_slots, pieces, piece_bytes)."""
+    size = run.pieces * run.piece_bytes
+    part = arena.records()[:, run.record_offset : run.record_offset + size]
+    return as_strided(
+        part, (arena.num_slots, run.pieces, run.piece_bytes), (arena.slot_bytes, run.piece_bytes, 1)
+    )

@@ -1,0 +1,58 @@
+"""Host records: blocks in an arena, each with the checksum it was written with.
+
+xxh3 (64 bits) reads a record at 14 GB/s on one core of the machine we measured, without the GIL. It finds
+damage, not forgery: the arena is this process's own memory.
+"""
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from kvbm.transfer.arena import HostArena
+from kvbm.transfer.copy import CopyEngine
+
+
+class HostRecords:
+    """Records of `arena`, copied by `engine`. Threads may use disjoint slots at once."""
+
+    def __init__(self, arena: HostArena, engine: CopyEngine | None = None, *, checksum: bool = True) -> None:
+        self.arena = arena
+        self._engine = engine
+        self._checksums = np.zeros(arena.num_slots, np.uint64) if checksum else None
+
+    def fence(self) -> object:
+        """See `CopyEngine.fence`."""
+        return self._engine.fence() if self._engine is not None else None
+
+    def offload(
+        self, device_blocks: NDArray[np.integer], slots: NDArray[np.integer], after: object = None
+    ) -> None:
+        """Copy blocks into slots and seal them."""
+        if self._engine is not None and len(slots):
+            self._engine.offload(device_blocks, slots, after)
+        self.seal(slots)
+
+    def onboard(
+        self, device_blocks: NDArray[np.integer], slots: NDArray[np.integer], after: object = None
+    ) -> NDArray[np.bool_]:
+        """Copy intact records into blocks; returns which were intact. The others' blocks are not touched."""
+        intact = self.intact(slots)
+        if self._engine is not None and intact.any():
+            self._engine.onboard(device_blocks[intact], slots[intact], after)
+        return intact
+
+    def seal(self, slots: NDArray[np.integer]) -> None:
+        """The records are complete: remember their checksums."""
+        if self._checksums is not None:
+            self._checksums[slots] = self._digests(slots)
+
+    def intact(self, slots: NDArray[np.integer]) -> NDArray[np.bool_]:
+        """Which records still have the checksum they were sealed with."""
+        if self._checksums is None:
+            return np.ones(len(slots), bool)
+        return self._digests(slots) == self._checksums[slots]
+
+    def _digests(self, slots: NDArray[np.integer]) -> NDArray[np.uint64]:
+        records = self.arena.records()
+        digests = (xxhash.xxh3_64_intdigest(records[slot].data) for slot in slots)
+        return np.fromiter(digests, np.uint64, len(slots))

@@ -1,0 +1,120 @@
+"""What determines the KV of a vLLM request and of a vLLM engine, or why it is not known.
+
+A request with a feature that is not understood here is not cached.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvbm.logic.hashing import namespace_digest
+from kvbm.transfer.arena import slot_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RequestIdentity:
+    """What, beside its tokens, names the blocks of a request."""
+
+    salt: str | None
+    adapter: str | None
+    images: tuple[tuple[int, int, str], ...]  # first token, number of tokens, content identifier
+
+    def extra_keys(self, block_size: int) -> Mapping[int, bytes]:
+        """Identity of the multimodal items in each block that holds a part of one."""
+        keys: dict[int, bytes] = {}
+        for first, length, identifier in self.images:
+            for block in range(first // block_size, (first + length - 1) // block_size + 1):
+                # The part of the item that a block holds follows from where the item starts, seen from it.
+                item = json.dumps([identifier, first - block * block_size, length]).encode()
+                keys[block] = keys.get(block, b"") + item
+        return keys
+
+
+def identify(request: Any) -> RequestIdentity | str:
+    """The identity of a vLLM `Request`, or the reason why it isn't cached."""
+    if request.pooling_params is not None:
+        return "pooling request"
+    if request.prompt_embeds is not None or getattr(request, "prompt_is_token_ids", None) is not None:
+        return "prompt embeddings"
+    if getattr(request, "resumable", False):
+        return "streaming input"
+    images = []
+    for feature in request.mm_features or ():
+        identifier = getattr(feature, "identifier", None)
+        if not identifier:
+            return "multimodal item without identifier"
+        images.append((feature.mm_position.offset, feature.mm_position.length, str(identifier)))
+    adapter = None
+    if (lora := request.lora_request) is not None:
+        if getattr(lora, "load_inplace", False):
+            return "LoRA adapter replaced in place"
+        adapter = json.dumps([lora.lora_name, lora.lora_int_id, lora.lora_path])
+    return RequestIdentity(request.cache_salt, adapter, tuple(images))
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Shape of the host tier, the same in the scheduler and on every rank."""
+
+    block_size: int  # tokens
+    record_bytes: int  # of one block on one rank
+    num_device_blocks: int
+    ranks: int
+
+    def num_slots(self, cache_gb: float, num_blocks: int | None) -> int:
+        """Host blocks that the configured size gives; the size is the sum over all ranks."""
+        if num_blocks:
+            return num_blocks
+        return int(cache_gb * 1e9 // (slot_bytes(self.record_bytes) * self.ranks))
+
+    def host_bytes(self, num_slots: int) -> int:
+        return num_slots * slot_bytes(self.record_bytes) * self.ranks
+
+
+def geometry(vllm_config: Any, kv_cache_config: Any) -> Geometry | str:
+    """The geometry of an engine's KV cache, or the reason why it can't be cached."""
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        return "pipeline parallelism is not supported yet"
+    if getattr(vllm_config.model_config, "enable_sleep_mode", False):
+        return "sleep mode, which remaps the KV cache, is not supported yet"
+    if any(getattr(parallel, f"{kind}_context_parallel_size", 1) > 1 for kind in ("decode", "prefill")):
+        return "context parallelism is not supported yet"
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        return f"hybrid models are not supported yet ({len(groups)} KV cache groups)"
+    spec = groups[0].kv_cache_spec
+    kind = type(spec).__name__
+    if kind not in ("FullAttentionSpec", "MLAAttentionSpec"):
+        return f"KV cache of kind {kind} is not supported yet"
+    if getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None):
+        return "sliding-window and chunked attention are not supported yet"
+    return Geometry(
+        block_size=spec.block_size,
+        record_bytes=spec.page_size_bytes * len(groups[0].layer_names),
+        num_device_blocks=kv_cache_config.num_blocks,
+        ranks=parallel.world_size,
+    )
+
+
+def engine_namespace(vllm_config: Any, kv_cache_config: Any, shape: Geometry) -> bytes:
+    """Digest of model, weights, dtypes and geometry: blocks are exchanged only where it is equal."""
+    model = vllm_config.model_config
+    config = json.dumps(model.hf_config.to_dict(), sort_keys=True, default=str)
+    return namespace_digest(
+        {
+            "engine": "vllm",
+            "model": str(model.model),
+            "revision": str(model.revision),
+            "config": hashlib.blake2b(config.encode(), digest_size=16).hexdigest(),
+            "dtype": str(model.dtype),
+            "quantization": str(model.quantization),
+            "kv_dtype": str(vllm_config.cache_config.cache_dtype),
+            "block_size": shape.block_size,
+            "record_bytes": shape.record_bytes,
+            "layers": len(kv_cache_config.kv_cache_groups[0].layer_names),
+            "tensor_parallel": vllm_config.parallel_config.tensor_parallel_size,
+        }
+    )

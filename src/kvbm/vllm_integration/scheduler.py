@@ -1,0 +1,210 @@
+"""The connector in vLLM's scheduler: vLLM's requests and steps in the leader's words."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from kvbm.config import Config
+from kvbm.errors import CapacityError
+from kvbm.logic.planner import Outcome
+from kvbm.runtime.leader import Leader
+from kvbm.runtime.messages import StepOrders, WorkerReport
+from kvbm.vllm_integration import compat
+from kvbm.vllm_integration.identity import Geometry, RequestIdentity, engine_namespace, geometry, identify
+
+logger = logging.getLogger(__name__)
+
+
+class SchedulerSide:
+    """Every method is called by vLLM's scheduler, on its thread, and returns at once."""
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, config: Config) -> None:
+        self.leader = _make_leader(vllm_config, kv_cache_config, config)
+        self._block_size = 0
+        if self.leader is not None:
+            self._block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        self._requests: dict[str, Any] = {}
+        self._identities: dict[str, RequestIdentity] = {}
+        self._refused: set[str] = set()
+        self._offered: dict[str, int] = {}  # first block of the load last offered to vLLM
+        self._loading: set[str] = set()
+        self._block_pool: Any = None
+        self._held: Counter[int] = Counter()  # device blocks that offloads of finished requests read
+
+    def bind_block_pool(self, block_pool: Any) -> None:
+        self._block_pool = block_pool
+        compat.before_reset(block_pool, self._release_held)
+
+    # ---- a request arrives ----
+
+    def match(self, request: Any, num_computed_tokens: int) -> int:
+        """Tokens beyond `num_computed_tokens` that can be loaded. Asked again in every step until it fits."""
+        leader = self.leader
+        if leader is None or not self._follow(request) or num_computed_tokens % self._block_size:
+            return 0
+        self._hash(request)
+        first = num_computed_tokens // self._block_size
+        if request.skip_reading_prefix_cache:
+            return 0
+        self._offered[request.request_id] = first
+        return leader.match(request.request_id, first) * self._block_size
+
+    def allocated(self, request: Any, device_blocks: Sequence[int], num_external_tokens: int) -> None:
+        """vLLM gave the request `device_blocks`, all it has; num_external_tokens are ours to load."""
+        leader, id_ = self.leader, request.request_id
+        if leader is None or id_ not in self._requests:
+            return
+        if num_external_tokens:
+            self._loading.add(id_)
+            leader.load(id_, self._offered[id_], num_external_tokens // self._block_size, device_blocks)
+        else:
+            leader.set_table(id_, device_blocks)
+
+    def _follow(self, request: Any) -> bool:
+        """Whether the request is cached; decided when it is first seen."""
+        id_ = request.request_id
+        if id_ in self._requests:
+            return True
+        if self.leader is None or id_ in self._refused:
+            return False
+        identity = identify(request)
+        if isinstance(identity, str):
+            self._refused.add(id_)
+            self.leader.refuse(identity)
+            return False
+        self._requests[id_] = request
+        self._identities[id_] = identity
+        self.leader.start(id_, salt=identity.salt, adapter=identity.adapter)
+        return True
+
+    def _hash(self, request: Any) -> None:
+        """Hash the full blocks among the tokens known so far."""
+        hasher = self.leader.hasher(request.request_id) if self.leader else None
+        if hasher is None or request.num_tokens - hasher.num_tokens < self._block_size:
+            return
+        identity = self._identities[request.request_id]
+        hasher.extend(
+            request.all_token_ids[hasher.num_tokens :],
+            identity.extra_keys(self._block_size) if identity.images else None,
+        )
+
+    # ---- a step ----
+
+    def build_orders(self, scheduler_output: Any) -> StepOrders:
+        """Plan what this step's blocks need; the orders go to all ranks with the step."""
+        leader = self.leader
+        if leader is None:
+            return StepOrders()
+        leader.tick()
+        if self._held and leader.off_reason is not None:
+            self._release_held()
+        for id_ in scheduler_output.preempted_req_ids or ():
+            leader.preempt(id_)
+        changed = [new.req_id for new in scheduler_output.scheduled_new_reqs]
+        cached = scheduler_output.scheduled_cached_reqs
+        # A running request gets a block when the one before is full: all others have nothing to offload.
+        for i, new_blocks in enumerate(cached.new_block_ids):
+            if new_blocks is not None:
+                id_ = cached.req_ids[i]
+                changed.append(id_)
+                if id_ not in cached.resumed_req_ids:  # their table came with `allocated`
+                    leader.extend_table(id_, new_blocks[0])
+        if changed:
+            leader.store(self._computed(changed, scheduler_output.num_scheduled_tokens))
+        orders = leader.take_orders()
+        orders.computes = scheduler_output.total_num_scheduled_tokens > 0
+        return orders
+
+    def _computed(self, request_ids: Sequence[str], num_scheduled: dict[str, int]) -> list[tuple[str, int]]:
+        """Blocks of each request that are full, known and computed at the end of this step."""
+        computed = []
+        for id_ in request_ids:
+            request = self._requests.get(id_)
+            if request is not None:
+                self._hash(request)
+                # Tokens that are only proposed (speculative, or in flight) are not among num_tokens.
+                tokens = min(request.num_tokens, request.num_computed_tokens + num_scheduled.get(id_, 0))
+                computed.append((id_, tokens // self._block_size))
+        return computed
+
+    def update(self, finished_recving: Sequence[str] | set[str], reports: Sequence[WorkerReport]) -> None:
+        """What the ranks reported with the last step."""
+        self._loading.difference_update(finished_recving)
+        if self.leader is not None:
+            for outcome in self.leader.receive(reports):
+                self._apply(outcome)
+
+    # ---- ends ----
+
+    def finish(self, request: Any, device_blocks: Sequence[int]) -> None:
+        """The request has ended and vLLM is about to free its blocks; we keep those that copies read."""
+        id_ = request.request_id
+        self._refused.discard(id_)
+        if self.leader is None or self._requests.get(id_) is None:
+            return
+        tokens = min(request.num_tokens, request.num_computed_tokens)
+        if id_ in self._loading:  # counted as computed by vLLM, but not there yet
+            tokens = 0
+        self._hash(request)
+        outcome = self.leader.finish(id_, device_blocks, tokens // self._block_size)
+        for held in outcome.hold:
+            self._held.update(held.tolist())
+        self._apply(outcome)
+        self._loading.discard(id_)
+        for table in (self._requests, self._identities, self._offered):
+            table.pop(id_, None)
+
+    def reset(self) -> bool:
+        return self.leader is None or self.leader.clear()
+
+    @property
+    def has_work(self) -> bool:
+        return self.leader is not None and self.leader.has_work
+
+    # ---- device blocks ----
+
+    def _apply(self, outcome: Outcome) -> None:
+        for blocks in outcome.hold:
+            compat.hold_blocks(self._block_pool, blocks.tolist())
+        for blocks in outcome.release:
+            self._held.subtract(blocks.tolist())
+            compat.release_blocks(self._block_pool, blocks.tolist())
+
+    def _release_held(self) -> None:
+        """Give back what offloads of finished requests still read: they are lost, the blocks are free.
+
+        Blocks held for loads that timed out stay out of use: a stuck copy may still write to them.
+        """
+        if self.leader is not None:
+            self.leader.abandon()
+        compat.release_blocks(self._block_pool, list((+self._held).elements()))
+        self._held.clear()
+
+
+def _make_leader(vllm_config: Any, kv_cache_config: Any, config: Config) -> Leader | None:
+    """None where nothing can be cached; the log says why."""
+    if not config.enabled:
+        return None
+    shape = geometry(vllm_config, kv_cache_config)
+    if isinstance(shape, str):
+        logger.warning("KVBM: caching is off: %s", shape)
+        return None
+    return Leader(
+        config,
+        namespace=engine_namespace(vllm_config, kv_cache_config, shape),
+        block_size=shape.block_size,
+        num_slots=slots_of(shape, config),
+        ranks=shape.ranks,
+    )
+
+
+def slots_of(shape: Geometry, config: Config) -> int:
+    """Blocks of the host tier; CapacityError if the configured size holds none."""
+    slots = shape.num_slots(config.host.cache_gb, config.host.num_blocks)
+    if slots < 1:
+        raise CapacityError(
+            f"DYN_KVBM_CPU_CACHE_GB={config.host.cache_gb} is less than one block of "
+            f"{shape.host_bytes(1) / 1e9:.6f} GB: raise it, or unset it to run without KVBM."
+        )
+    return slots

@@ -1,0 +1,144 @@
+"""The connector on a vLLM worker: orders to the copy threads, their completions back to vLLM."""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvbm.config import Config
+from kvbm.errors import LayoutError
+from kvbm.logic.operations import Completion, Direction, Operation
+from kvbm.runtime.messages import StepOrders, WorkerReport
+from kvbm.runtime.worker import Worker
+from kvbm.transfer.arena import HostArena, ensure_fits
+from kvbm.transfer.copy import CopyEngine, CpuCopyEngine
+from kvbm.transfer.cuda import CudaCopyEngine
+from kvbm.transfer.layout import KvLayout, recognise, tensor_view
+from kvbm.transfer.records import HostRecords
+from kvbm.vllm_integration.identity import Geometry, geometry
+from kvbm.vllm_integration.scheduler import slots_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """What vLLM is told at the end of a step, taken at one moment."""
+
+    finished_recving: set[str] = field(default_factory=set)
+    failed_recving: set[str] = field(default_factory=set)  # the copy may still be running
+    failed_blocks: set[int] = field(default_factory=set)
+
+
+class WorkerSide:
+    """Every method is called by vLLM's model runner, on its thread, and returns at once."""
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, config: Config) -> None:
+        self._config = config
+        self._rank: int = vllm_config.parallel_config.rank
+        self._shape = geometry(vllm_config, kv_cache_config) if config.enabled else "KVBM is not configured"
+        self._worker: Worker | None = None
+        self._refused: str | None = None
+        self._announced = False
+        self._orders = StepOrders()
+        self._loads: dict[int, Operation] = {}
+        self._completions: list[Completion] = []
+        self._num_slots = 0
+
+    def register(self, kv_caches: Mapping[str, Any]) -> None:
+        """Take the engine's KV tensors and the memory of this rank's share of the host tier."""
+        if isinstance(self._shape, str):
+            self._refused = self._shape
+            return
+        slots = slots_of(self._shape, self._config)
+        ensure_fits(self._shape.host_bytes(slots))
+        try:
+            self._worker = _make_worker(kv_caches, self._shape, slots, self._config)
+            self._num_slots = slots
+        except LayoutError as error:
+            self._refused = str(error)
+
+    # ---- a step ----
+
+    def begin(self, orders: StepOrders) -> None:
+        """Before the step's blocks are overwritten: give up copies that would read them too late."""
+        self._orders = orders
+        if self._worker is not None:
+            self._worker.cancel(orders.cancel)
+        if not orders.computes:
+            self.start_offloads()  # vLLM before 0.31 does not call wait_for_save then
+
+    def start_loads(self) -> None:
+        self._submit(Direction.ONBOARD)
+
+    def start_offloads(self) -> None:
+        """After the forward pass that computes the blocks."""
+        self._submit(Direction.OFFLOAD)
+
+    def _submit(self, direction: Direction) -> None:
+        operations = self._orders.operations
+        chosen = [operation for operation in operations if operation.direction == direction]
+        if not chosen:
+            return
+        self._orders.operations = [operation for operation in operations if operation.direction != direction]
+        if direction == Direction.ONBOARD:
+            self._loads.update((operation.id, operation) for operation in chosen)
+        if self._worker is not None:
+            self._worker.submit(chosen)
+            self._worker.cancel(self._orders.cancel)  # may name what was ordered and given up in one step
+
+    def snapshot(self) -> Snapshot:
+        """Finished and failed loads since the last call: each load is finished exactly once."""
+        snapshot = Snapshot()
+        if self._worker is None:
+            return snapshot
+        for completion in self._worker.poll():
+            self._completions.append(completion)
+            load = self._loads.pop(completion.operation_id, None)
+            if load is None:
+                continue
+            snapshot.finished_recving.add(load.request_id)
+            if completion.quiesced:
+                snapshot.failed_blocks.update(load.device_blocks[completion.failed].tolist())
+            else:
+                snapshot.failed_recving.add(load.request_id)
+        return snapshot
+
+    def report(self) -> WorkerReport | None:
+        """Completions for the leader, once the `snapshot` of this step was taken."""
+        if self._announced and not self._completions:
+            return None
+        self._announced = True
+        completions, self._completions = self._completions, []
+        return WorkerReport(self._rank, self._num_slots, self._refused, completions)
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+
+
+def make_copy_engine(layout: KvLayout, arena: HostArena, device: torch.device) -> CopyEngine:
+    """The engine for KV tensors on `device`."""
+    if device.type == "cpu":
+        return CpuCopyEngine(layout, arena)
+    if device.type == "cuda":
+        return CudaCopyEngine(layout, arena, device)
+    raise LayoutError(f"The KV cache lies on {device}: KVBM copies from CPU and CUDA devices only.")
+
+
+def _make_worker(kv_caches: Mapping[str, Any], shape: Geometry, slots: int, config: Config) -> Worker:
+    layout = recognise(
+        (tensor_view(name, tensor) for name, tensor in kv_caches.items()),
+        shape.num_device_blocks,
+        shape.record_bytes,
+    )
+    arena = HostArena(slots, layout.record_bytes)
+    engine = make_copy_engine(layout, arena, next(iter(kv_caches.values())).device)
+    return Worker(
+        HostRecords(arena, engine, checksum=config.host.checksum),
+        # More threads than half the cores would take them from the model.
+        threads=max(1, min(config.transfer.max_concurrent, (os.cpu_count() or 2) // 2)),
+    )
