@@ -17,6 +17,8 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
+from kvbm.logic.arrays import GrowingArray
+
 HASH_BYTES = 16
 
 Hashes = NDArray[np.uint64]
@@ -58,22 +60,21 @@ class SequenceHasher:
     def __init__(self, root: bytes, block_size: int) -> None:
         self.block_size = block_size
         self._last = root
-        self._hashes = np.empty((16, 2), _WORD)
-        self._count = 0
+        self._hashes = GrowingArray(_WORD, width=2)
 
     def __len__(self) -> int:
         """Number of blocks hashed."""
-        return self._count
+        return len(self._hashes)
 
     @property
     def num_tokens(self) -> int:
         """Number of tokens hashed: always whole blocks. The next `extend` starts here."""
-        return self._count * self.block_size
+        return len(self._hashes) * self.block_size
 
     @property
     def hashes(self) -> Hashes:
         """View of all hashes so far, shape (len(self), 2)."""
-        return self._hashes[: self._count]
+        return self._hashes.rows
 
     def extend(
         self, tokens: Sequence[int] | NDArray[np.integer], extra_keys: Mapping[int, bytes] | None = None
@@ -89,26 +90,18 @@ class SequenceHasher:
         added = len(data) // stride
         copy_state = _BLOCK_STATE.copy
         last = self._last
+        first = len(self._hashes)
         chain: list[bytes] = []
         for start in range(0, added * stride, stride):
             content = last + data[start : start + stride]
             if extra_keys:
-                content += extra_keys.get(self._count + len(chain), b"")
+                content += extra_keys.get(first + len(chain), b"")
             state = copy_state()
             state.update(content)
             last = state.digest()
             chain.append(last)
         self._last = last
-        self._append(np.frombuffer(b"".join(chain), _WORD).reshape(-1, 2))
-
-    def _append(self, hashes: Hashes) -> None:
-        needed = self._count + len(hashes)
-        if needed > len(self._hashes):
-            grown = np.empty((max(needed, 2 * len(self._hashes)), 2), _WORD)
-            grown[: self._count] = self.hashes
-            self._hashes = grown
-        self._hashes[self._count : needed] = hashes
-        self._count = needed
+        self._hashes.append(np.frombuffer(b"".join(chain), _WORD).reshape(-1, 2))
 
 
 def _token_bytes(tokens: Sequence[int] | NDArray[np.integer]) -> bytes:

@@ -8,6 +8,8 @@ chosen here) go to a small dict.
 Not thread-safe.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,78 +24,95 @@ _GROUP_MIX = np.array([0x9E3779B97F4A7C15, 0xF39CC0605CEDC835], np.uint64)
 
 
 class HashIndex:
-    """Index of at most `capacity` slots, each with one (hash, group) key."""
+    """Index of at most `capacity` slots, each with one (hash, group) key.
+
+    Gathers use `take` and flat arrays: indexing rows with an array is ten times slower.
+    """
 
     def __init__(self, capacity: int) -> None:
         buckets = 1 << max(0, (max(capacity, 1) - 1) // 3).bit_length()
         self._bucket_mask = np.uint64(buckets - 1)
         self._tags = np.zeros((buckets, _WAYS), np.uint32)
-        self._slots = np.zeros((buckets, _WAYS), np.int32)
+        self._slots = np.zeros(buckets * _WAYS, np.int32)
         self._overflow: dict[bytes, int] = {}
-        self._keys: Hashes = np.zeros((capacity, 2), np.uint64)
+        self._low = np.zeros(capacity, np.uint64)  # the two words of each slot's key
+        self._high = np.zeros(capacity, np.uint64)
 
     def find(self, hashes: Hashes, group: int = 0) -> Slots:
         """Slot of each hash, -1 where there is none. Shape (n, 2) to (n,)."""
-        keys = _group_keys(hashes, group)
-        buckets = self._buckets(keys)
-        rows = self._tags[buckets]
-        columns, matched = _first_true(rows == _tags_of(keys)[:, None])
-        slots = self._slots[buckets, columns].astype(np.int64)
+        low, high = _key_words(hashes, group)
+        buckets = self._buckets(low)
+        rows = self._tags.take(buckets, axis=0)
+        columns, matched = _first_true(rows == _tags_of(high)[:, None])
+        slots = self._slots.take(buckets * _WAYS + columns).astype(np.int64)
         # A tag may agree by chance: only the whole key decides.
-        stored = self._keys[slots]
-        found = matched & (stored[:, 0] == keys[:, 0]) & (stored[:, 1] == keys[:, 1])
+        found = matched & (self._low.take(slots) == low) & (self._high.take(slots) == high)
         slots[~found] = -1
         if self._overflow:
             for i in np.flatnonzero(~found & (rows[:, -1] != _EMPTY)):
-                slots[i] = self._overflow.get(keys[i].tobytes(), -1)
+                slots[i] = self._overflow.get(_overflow_key(low[i], high[i]), -1)
         return slots
 
     def insert(self, hashes: Hashes, slots: Slots, group: int = 0) -> None:
         """Enter keys that the index does not hold, distinct, at distinct slots that have no key."""
-        keys = _group_keys(hashes, group)
-        self._keys[slots] = keys
-        buckets = self._buckets(keys)
-        tags = _tags_of(keys)
-        pending = np.arange(len(slots))
-        while len(pending):
-            columns, has_room = _first_true(self._tags[buckets[pending]] == _EMPTY)
-            for i in pending[~has_room]:
-                self._overflow[keys[i].tobytes()] = int(slots[i])
-            pending, columns = pending[has_room], columns[has_room]
-            target = buckets[pending], columns
-            self._slots[target] = slots[pending]
+        low, high = _key_words(hashes, group)
+        self._low[slots] = low
+        self._high[slots] = high
+        buckets = self._buckets(low)
+        tags = _tags_of(high)
+        flat_tags = self._tags.reshape(-1)
+        while len(slots):
+            columns, has_room = _first_true(self._tags.take(buckets, axis=0) == _EMPTY)
+            if not has_room.all():
+                for i in np.flatnonzero(~has_room):
+                    self._overflow[_overflow_key(self._low[slots[i]], self._high[slots[i]])] = int(slots[i])
+                slots, buckets = slots[has_room], buckets[has_room]
+                tags, columns = tags[has_room], columns[has_room]
+            cells = buckets * _WAYS + columns
+            self._slots[cells] = slots
             # Keys of one batch may have chosen the same cell: the last writer has it, the others go on.
-            won = self._slots[target] == slots[pending]
-            self._tags[buckets[pending[won]], columns[won]] = tags[pending[won]]
-            pending = pending[~won]
+            won = self._slots.take(cells) == slots
+            flat_tags[cells[won]] = tags[won]
+            slots, buckets, tags = slots[~won], buckets[~won], tags[~won]
 
     def remove(self, slots: Slots) -> None:
         """Remove the keys of distinct slots that have one."""
-        keys = self._keys[slots]
-        buckets = self._buckets(keys)
+        low, high = self._low.take(slots), self._high.take(slots)
+        buckets = self._buckets(low)
         # An empty cell may still name a slot: the tag decides whether the cell counts.
-        cells = (self._slots[buckets] == slots[:, None]) & (self._tags[buckets] == _tags_of(keys)[:, None])
-        columns, present = _first_true(cells)
-        self._tags[buckets[present], columns[present]] = _EMPTY
+        names_slot = self._slots.reshape(-1, _WAYS).take(buckets, axis=0) == slots[:, None]
+        columns, present = _first_true(
+            names_slot & (self._tags.take(buckets, axis=0) == _tags_of(high)[:, None])
+        )
+        self._tags.reshape(-1)[(buckets * _WAYS + columns)[present]] = _EMPTY
         for i in np.flatnonzero(~present):
-            del self._overflow[keys[i].tobytes()]
+            del self._overflow[_overflow_key(low[i], high[i])]
 
     def hashes(self, slots: Slots, group: int = 0) -> Hashes:
         """Hashes of slots that have a key in `group`."""
-        return _group_keys(self._keys[slots], group)
+        keys = np.stack([self._low.take(slots), self._high.take(slots)], axis=1)
+        return np.stack(_key_words(keys, group), axis=1) if group else keys
 
-    def _buckets(self, keys: Hashes) -> NDArray[np.int64]:
-        return (keys[:, 0] & self._bucket_mask).astype(np.int64)
-
-
-def _group_keys(hashes: Hashes, group: int) -> Hashes:
-    # Its own inverse. Group 0, all there is in most models, costs nothing.
-    return hashes ^ (_GROUP_MIX * np.uint64(group)) if group else hashes
+    def _buckets(self, low: NDArray[np.uint64]) -> NDArray[np.int64]:
+        return (low & self._bucket_mask).astype(np.int64)
 
 
-def _tags_of(keys: Hashes) -> NDArray[np.uint32]:
+def _key_words(hashes: Hashes, group: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The words of the keys of `hashes` in `group`; applied twice, it gives the hashes back."""
+    low, high = hashes[:, 0], hashes[:, 1]
+    if group:  # group 0, all there is in most models, costs nothing
+        mix = _GROUP_MIX * np.uint64(group)
+        low, high = low ^ mix[0], high ^ mix[1]
+    return low, high
+
+
+def _overflow_key(low: Any, high: Any) -> bytes:
+    return low.tobytes() + high.tobytes()
+
+
+def _tags_of(high: NDArray[np.uint64]) -> NDArray[np.uint32]:
     # Never 0, which is the tag of an empty cell.
-    return (keys[:, 1] >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
+    return (high >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
 
 
 def _first_true(cells: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

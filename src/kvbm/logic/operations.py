@@ -34,7 +34,7 @@ class Operation:
 
     id: int
     direction: Direction
-    request_id: str
+    request_id: str  # the request that waits for it; offloads of a step are batched and have none
     device_blocks: BlockIds
     host_slots: BlockIds
     timeout_s: float  # counted by each rank from its receipt: ranks need not share a clock

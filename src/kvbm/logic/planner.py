@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from kvbm.logic.arrays import GrowingArray
 from kvbm.logic.hashing import SequenceHasher
 from kvbm.logic.index import Slots
 from kvbm.logic.operations import BlockIds, Completion, Direction, Failure, Operation
@@ -24,8 +25,9 @@ from kvbm.logic.pool import BlockPool, BlockState
 # A request whose offloads fail this often is left alone: something is wrong with it, not with a block.
 MAX_FAILURES = 3
 
-_NO_SLOTS = np.empty(0, np.int64)
-_NO_BLOCKS = np.empty(0, np.int32)
+# Reading a member of an IntEnum costs a microsecond in Python 3.11.
+_OFFLOAD = Direction.OFFLOAD
+_COMPLETE = np.uint8(BlockState.COMPLETE)
 
 
 @dataclass(slots=True)
@@ -51,26 +53,31 @@ class Outcome:
 @dataclass(slots=True)
 class _Request:
     hasher: SequenceHasher
-    table: BlockIds = field(default_factory=lambda: _NO_BLOCKS)  # device block of each block of the sequence
-    chain: Slots = field(default_factory=lambda: _NO_SLOTS)  # pinned host block of each, from the head
+    # Of each block of the sequence, from the head: its device block, and the host block it has pinned.
+    table: GrowingArray = field(default_factory=lambda: GrowingArray(np.int32))
+    chain: GrowingArray = field(default_factory=lambda: GrowingArray(np.int64))
     operations: set[int] = field(default_factory=set)
     failures: int = 0
     load_failed: bool = False
     finished: bool = False
-    match: tuple[int, int, int] = (-1, 0, 0)  # pool version, first block, result
+    match: tuple[tuple[int, int, int], int] = ((-1, 0, 0), 0)  # what was asked, and the answer
 
 
 @dataclass(slots=True)
 class _InFlight:
     operation: Operation
-    request: _Request
     slots: Slots
+    members: list[tuple[_Request, BlockIds]]  # whose blocks these are, with their device blocks
     waiting_for: set[int]  # ranks
     deadline: float
     failed: NDArray[np.bool_]
     reason: Failure = Failure.NONE
     expired: bool = False
-    holds_device: bool = False
+    held: list[BlockIds] = field(default_factory=list)  # device blocks kept from reuse until it settles
+
+    @property
+    def is_offload(self) -> bool:
+        return self.operation.direction == _OFFLOAD
 
 
 class Planner:
@@ -108,20 +115,20 @@ class Planner:
         request = self._requests.get(request_id)
         if request is None or request.load_failed:
             return 0
-        version, cached_first, count = request.match
-        if (version, cached_first) != (self.pool.version, first):
-            count = len(self.pool.match(request.hasher.hashes[first:]))
-            request.match = (self.pool.version, first, count)
-        return count
+        asked = (self.pool.version, first, len(request.hasher))
+        if request.match[0] != asked:
+            request.match = (asked, len(self.pool.match(request.hasher.hashes[first:])))
+        return request.match[1]
 
     def set_table(self, request_id: str, device_blocks: Sequence[int]) -> None:
         """The device blocks that hold the request's sequence, from its head."""
         if request := self._requests.get(request_id):
-            request.table = np.asarray(device_blocks, np.int32)
+            request.table.cut(0)
+            request.table.append(device_blocks)
 
     def extend_table(self, request_id: str, device_blocks: Sequence[int]) -> None:
         if request := self._requests.get(request_id):
-            request.table = np.concatenate([request.table, np.asarray(device_blocks, np.int32)])
+            request.table.append(device_blocks)
 
     # ---- onboard ----
 
@@ -139,7 +146,8 @@ class Planner:
         slots[: len(found)] = found
         self.pool.pin(found)
         self.stats.matched_blocks += count
-        return self._start(Direction.ONBOARD, request_id, request, first, slots, now)
+        blocks = request.table.rows[first : first + count].copy()
+        return self._start(Direction.ONBOARD, request_id, [(request, blocks)], blocks, slots, now)
 
     # ---- offload ----
 
@@ -148,7 +156,7 @@ class Planner:
 
         The blocks' KV is computed, or will be when the operations are executed.
         """
-        segments: list[tuple[str, _Request, int, int]] = []
+        segments: list[tuple[_Request, int, int]] = []
         for request_id, blocks in computed:
             request = self._requests.get(request_id)
             if request is None or request.failures >= MAX_FAILURES:
@@ -156,35 +164,65 @@ class Planner:
             start = len(request.chain)
             end = min(blocks, len(request.hasher), len(request.table))
             if end > start:
-                segments.append((request_id, request, start, end))
+                segments.append((request, start, end))
         if not segments:
             return []
-        hashes = [request.hasher.hashes[start:end] for _, request, start, end in segments]
+        hashes = [request.hasher.hashes[start:end] for request, start, end in segments]
         slots, is_new = self.pool.claim(
             hashes[0] if len(hashes) == 1 else np.concatenate(hashes), self._max_queued - self._queued_blocks
         )
-        operations: list[Operation] = []
+        members: list[tuple[_Request, BlockIds]] = []  # new blocks only
+        new_slots: list[Slots] = []
         offset = 0
-        for request_id, request, start, end in segments:
-            size = end - start
-            own, new = slots[offset : offset + size], is_new[offset : offset + size]
-            offset += size
-            missing = np.flatnonzero(own < 0)
-            if len(missing):
+        for request, start, end in segments:
+            own, new = slots[offset : offset + end - start], is_new[offset : offset + end - start]
+            offset += end - start
+            if own.min() < 0:
                 # None of what follows is new: room is given out in order. Others' blocks are let go.
-                rest = own[missing[0] :]
+                cut = int(np.flatnonzero(own < 0)[0])
+                rest = own[cut:]
                 self.pool.release(rest[rest >= 0])
                 self.stats.deferred_blocks += len(rest)
-                own, new = own[: missing[0]], new[: missing[0]]
-            request.chain = np.concatenate([request.chain, own])
-            positions = np.flatnonzero(new)
-            self.stats.shared_blocks += len(own) - len(positions)
-            for at in range(0, len(positions), self._max_batch):
-                batch = positions[at : at + self._max_batch]
-                self.pool.pin(own[batch])
-                operations.append(
-                    self._start(Direction.OFFLOAD, request_id, request, start + batch, own[batch], now)
-                )
+                own, new = own[:cut], new[:cut]
+            request.chain.append(own)
+            blocks = request.table.rows[start : start + len(own)][new]
+            self.stats.shared_blocks += len(own) - len(blocks)
+            if len(blocks):
+                members.append((request, blocks))
+                new_slots.append(own[new])
+        return self._offloads(members, new_slots, now)
+
+    def _offloads(
+        self, members: list[tuple[_Request, BlockIds]], slots: list[Slots], now: float
+    ) -> list[Operation]:
+        """Operations of at most max_batch_blocks blocks; short runs of several requests share one."""
+        operations: list[Operation] = []
+        batch: list[tuple[_Request, BlockIds]] = []
+        batch_slots: list[Slots] = []
+        room = self._max_batch
+
+        def flush() -> None:
+            nonlocal room
+            if batch:
+                blocks = np.concatenate([blocks for _, blocks in batch])
+                targets = np.concatenate(batch_slots)
+                self.pool.pin(targets)
+                operations.append(self._start(_OFFLOAD, "", list(batch), blocks, targets, now))
+                batch.clear()
+                batch_slots.clear()
+                room = self._max_batch
+
+        for (request, blocks), own in zip(members, slots, strict=True):
+            at = 0
+            while at < len(own):
+                take = min(room, len(own) - at)
+                batch.append((request, blocks[at : at + take]))
+                batch_slots.append(own[at : at + take])
+                at += take
+                room -= take
+                if not room:
+                    flush()
+        flush()
         return operations
 
     # ---- ends ----
@@ -194,10 +232,8 @@ class Planner:
         request = self._requests.get(request_id)
         if request is None:
             return []
-        request.table = _NO_BLOCKS
-        return [
-            id_ for id_ in request.operations if self._in_flight[id_].operation.direction == Direction.OFFLOAD
-        ]
+        request.table.cut(0)
+        return [id_ for id_ in request.operations if self._in_flight[id_].is_offload]
 
     def finish(
         self, request_id: str, device_blocks: Sequence[int], blocks: int, now: float
@@ -215,9 +251,10 @@ class Planner:
         request.finished = True
         for id_ in request.operations:
             in_flight = self._in_flight[id_]
-            if in_flight.operation.direction == Direction.OFFLOAD:
-                in_flight.holds_device = True
-                outcome.hold.append(in_flight.operation.device_blocks)
+            if in_flight.is_offload:
+                own = [read for member, read in in_flight.members if member is request]
+                in_flight.held += own
+                outcome.hold += own
         self._let_go(request)
         return operations, outcome
 
@@ -226,13 +263,13 @@ class Planner:
         outcome = Outcome()
         abandoned = []
         for id_, in_flight in self._in_flight.items():
-            if in_flight.holds_device and in_flight.operation.direction == Direction.OFFLOAD:
-                in_flight.holds_device = False
+            if in_flight.held and in_flight.is_offload:
+                outcome.release += in_flight.held
+                in_flight.held = []
                 in_flight.failed[:] = True
                 in_flight.reason = max(in_flight.reason, Failure.CANCELLED)
                 self._expire(in_flight)
                 abandoned.append(id_)
-                outcome.release.append(in_flight.operation.device_blocks)
         return abandoned, outcome
 
     def complete(self, rank: int, completion: Completion) -> Outcome:
@@ -245,15 +282,14 @@ class Planner:
         in_flight.reason = max(in_flight.reason, completion.reason)
         if not completion.quiesced:
             self._expire(in_flight)
-            if in_flight.operation.direction == Direction.ONBOARD and not in_flight.holds_device:
-                in_flight.holds_device = True
-                outcome.hold.append(in_flight.operation.device_blocks)
+            if not in_flight.is_offload and not in_flight.held:
+                in_flight.held = [in_flight.operation.device_blocks]
+                outcome.hold += in_flight.held
             return outcome
         in_flight.waiting_for.discard(rank)
         if not in_flight.waiting_for:
             self._settle(in_flight)
-            if in_flight.holds_device:
-                outcome.release.append(in_flight.operation.device_blocks)
+            outcome.release += in_flight.held
         return outcome
 
     def expire(self, now: float) -> None:
@@ -261,7 +297,7 @@ class Planner:
         for in_flight in self._in_flight.values():
             if in_flight.deadline > now:
                 break  # the oldest come first
-            if not in_flight.expired and in_flight.operation.direction == Direction.OFFLOAD:
+            if not in_flight.expired and in_flight.is_offload:
                 in_flight.failed[:] = True
                 in_flight.reason = max(in_flight.reason, Failure.TIMEOUT)
                 self._expire(in_flight)
@@ -283,15 +319,11 @@ class Planner:
         self,
         direction: Direction,
         request_id: str,
-        request: _Request,
-        blocks: int | NDArray[np.int64],
+        members: list[tuple[_Request, BlockIds]],
+        device_blocks: BlockIds,
         slots: Slots,
         now: float,
     ) -> Operation:
-        if isinstance(blocks, int):
-            device_blocks = request.table[blocks : blocks + len(slots)]
-        else:
-            device_blocks = request.table[blocks]
         operation = Operation(
             self._next_id, direction, request_id, device_blocks, slots.astype(np.int32), self._timeout_s
         )
@@ -299,14 +331,15 @@ class Planner:
         # Workers count their deadline from receipt; the leader waits twice as long for their word.
         self._in_flight[operation.id] = _InFlight(
             operation,
-            request,
             slots,
+            members,
             waiting_for=set(range(self._ranks)),
             deadline=now + 2 * self._timeout_s,
             failed=np.zeros(len(slots), bool),
         )
-        request.operations.add(operation.id)
-        if direction == Direction.OFFLOAD:
+        for request, _ in members:
+            request.operations.add(operation.id)
+        if direction == _OFFLOAD:
             self._queued_blocks += len(slots)
         return operation
 
@@ -318,41 +351,45 @@ class Planner:
     def _untrusted(self, in_flight: _InFlight) -> Slots:
         """Slots of failed blocks that still have a name."""
         slots = in_flight.slots[in_flight.failed & (in_flight.slots >= 0)]
-        return slots[self.pool.states(slots) >= BlockState.COMPLETE]
+        return slots[self.pool.states(slots) >= _COMPLETE]
 
     def _settle(self, in_flight: _InFlight) -> None:
-        operation, request = in_flight.operation, in_flight.request
+        operation, slots = in_flight.operation, in_flight.slots
         del self._in_flight[operation.id]
-        request.operations.discard(operation.id)
-        slots = in_flight.slots
+        for request, _ in in_flight.members:
+            request.operations.discard(operation.id)
         failed = int(np.count_nonzero(in_flight.failed))
         if failed:
             self.stats.failures[operation.direction, in_flight.reason] += failed
-        if operation.direction == Direction.OFFLOAD:
+        if in_flight.is_offload:
             self._queued_blocks -= len(slots)
-            written = slots[~in_flight.failed & (self.pool.states(slots) == BlockState.COMPLETE)]
+            written = slots[~in_flight.failed & (self.pool.states(slots) == _COMPLETE)]
             self.pool.register(written)
             self.stats.offloaded_blocks += len(written)
-            self._drop(self._untrusted(in_flight), count_failure=in_flight.reason > Failure.CANCELLED)
+            if failed:
+                self._drop(self._untrusted(in_flight), count_failure=in_flight.reason > Failure.CANCELLED)
         else:
             self.stats.onboarded_blocks += len(slots) - failed
-            # A request gets one chance: offering it what is left could go on for ever.
-            request.load_failed |= failed > 0
-            self._drop(self._untrusted(in_flight))
-        self.pool.release(slots[slots >= 0])
-        self._let_go(request)
+            if failed:
+                # A request gets one chance: offering it what is left could go on for ever.
+                in_flight.members[0][0].load_failed = True
+                self._drop(self._untrusted(in_flight))
+            slots = slots[slots >= 0]
+        self.pool.release(slots)
+        for request, _ in in_flight.members:
+            self._let_go(request)
 
     def _drop(self, slots: Slots, count_failure: bool = False) -> None:
         """Withdraw blocks and cut every chain that has one of them there."""
         if not len(slots):
             return
-        named = slots[self.pool.states(slots) >= BlockState.COMPLETE]
+        named = slots[self.pool.states(slots) >= _COMPLETE]
         self.pool.withdraw(named)
         for request in self._requests.values():
-            lost = np.flatnonzero(np.isin(request.chain, slots))
+            lost = np.flatnonzero(np.isin(request.chain.rows, slots))
             if len(lost):
-                rest = request.chain[lost[0] :]
-                request.chain = request.chain[: lost[0]]
+                rest = request.chain.rows[lost[0] :].copy()
+                request.chain.cut(int(lost[0]))
                 request.failures += count_failure
                 self.pool.release(rest)
 
@@ -360,5 +397,5 @@ class Planner:
         # The chain is released at once, when its last offload is over: a tail released after its head
         # would be evicted after it.
         if request.finished and not request.operations:
-            self.pool.release(request.chain)
-            request.chain = _NO_SLOTS
+            self.pool.release(request.chain.rows)
+            request.chain.cut(0)

@@ -4,21 +4,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import vllm
-from vllm.distributed.kv_transfer.kv_connector.v1 import base as vllm_base
-
 from kvbm.errors import UnsupportedEngineError
 
 OLDEST = (0, 26)
 NEWEST = (0, 33)
 
-# 0.30 and later: finished and failed receives in one snapshot, failures named by request.
-TransferResults: Any = getattr(vllm_base, "KVConnectorTransferResults", None)
 
-
-def check_engine_version(allow_untested: bool, version: str | None = None) -> None:
+def check_engine_version(version: str, *, allow_untested: bool) -> None:
     """Refuse a vLLM that this file was not written for: its connector interface changes without notice."""
-    version = version or str(vllm.__version__)
     found = re.match(r"(\d+)\.(\d+)", version)
     if found and OLDEST <= (int(found[1]), int(found[2])) <= NEWEST:
         return
@@ -28,6 +21,13 @@ def check_engine_version(allow_untested: bool, version: str | None = None) -> No
             f"({OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}). Install one of those, or set "
             f"KVBM_ALLOW_UNTESTED_ENGINE=1 to try this one."
         )
+
+
+def transfer_results(finished_recving: set[str], failed_recving: set[str]) -> Any:
+    """vLLM 0.30 and later: finished and failed receives in one snapshot, failures named by request."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+    return KVConnectorTransferResults(finished_recving=finished_recving, failed_recving=failed_recving)
 
 
 def hold_blocks(block_pool: Any, block_ids: Iterable[int]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -24,7 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvbm.config import Config, load_config
 from kvbm.runtime.messages import StepOrders, WorkerReport
 from kvbm.vllm_integration import compat
-from kvbm.vllm_integration.scheduler import SchedulerSide
+from kvbm.vllm_integration.scheduler import SchedulerSide, make_scheduler_side
 from kvbm.vllm_integration.worker import Snapshot, WorkerSide
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         config = load_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
-        compat.check_engine_version(config.engine.allow_untested)
+        compat.check_engine_version(vllm.__version__, allow_untested=config.engine.allow_untested)
         self.scheduler_side: SchedulerSide | None = None
         self.worker_side: WorkerSide | None = None
         self._snapshot = Snapshot()
@@ -86,7 +87,7 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
             if config.engine.load_failure_policy == "recompute":
                 # vLLM's default fails the request when a load fails. The scheduler reads this after us.
                 vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
-            self.scheduler_side = SchedulerSide(vllm_config, kv_cache_config, config)
+            self.scheduler_side = make_scheduler_side(vllm_config, kv_cache_config, config)
         else:
             self.worker_side = WorkerSide(vllm_config, kv_cache_config, config)
 
@@ -182,9 +183,7 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         self._take_snapshot()
-        return compat.TransferResults(
-            finished_recving=self._snapshot.finished_recving, failed_recving=self._snapshot.failed_recving
-        )
+        return compat.transfer_results(self._snapshot.finished_recving, self._snapshot.failed_recving)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._snapshot.failed_blocks

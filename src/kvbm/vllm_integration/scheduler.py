@@ -17,13 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 class SchedulerSide:
-    """Every method is called by vLLM's scheduler, on its thread, and returns at once."""
+    """Every method is called by vLLM's scheduler, on its thread, and returns at once.
 
-    def __init__(self, vllm_config: Any, kv_cache_config: Any, config: Config) -> None:
-        self.leader = _make_leader(vllm_config, kv_cache_config, config)
-        self._block_size = 0
-        if self.leader is not None:
-            self._block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+    leader: None where nothing can be cached.
+    """
+
+    def __init__(self, leader: Leader | None, block_size: int) -> None:
+        self.leader = leader
+        self._block_size = block_size
         self._requests: dict[str, Any] = {}
         self._identities: dict[str, RequestIdentity] = {}
         self._refused: set[str] = set()
@@ -182,21 +183,22 @@ class SchedulerSide:
         self._held.clear()
 
 
-def _make_leader(vllm_config: Any, kv_cache_config: Any, config: Config) -> Leader | None:
-    """None where nothing can be cached; the log says why."""
+def make_scheduler_side(vllm_config: Any, kv_cache_config: Any, config: Config) -> SchedulerSide:
+    """For this engine; where nothing can be cached, the log says why."""
     if not config.enabled:
-        return None
+        return SchedulerSide(None, 0)
     shape = geometry(vllm_config, kv_cache_config)
     if isinstance(shape, str):
         logger.warning("KVBM: caching is off: %s", shape)
-        return None
-    return Leader(
+        return SchedulerSide(None, 0)
+    leader = Leader(
         config,
         namespace=engine_namespace(vllm_config, kv_cache_config, shape),
         block_size=shape.block_size,
         num_slots=slots_of(shape, config),
         ranks=shape.ranks,
     )
+    return SchedulerSide(leader, shape.block_size)
 
 
 def slots_of(shape: Geometry, config: Config) -> int:
