@@ -178,7 +178,8 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         self._take_snapshot()
-        # Without failures by request (vLLM before 0.30) a load whose copy hangs is reported block by block.
+        # vLLM before 0.30 knows no failures by request.
+        self._snapshot.failed_blocks |= self._snapshot.hung_blocks
         return None, self._snapshot.finished_recving or None
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:

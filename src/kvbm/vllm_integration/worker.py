@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from kvbm.config import Config
 from kvbm.errors import LayoutError
-from kvbm.logic.operations import Completion, Direction, Operation
+from kvbm.logic.operations import Completion, Direction, Failure, Operation
 from kvbm.runtime.messages import StepOrders, WorkerReport
 from kvbm.runtime.worker import Worker
 from kvbm.transfer.arena import HostArena, ensure_fits
@@ -29,8 +30,10 @@ class Snapshot:
     """What vLLM is told at the end of a step, taken at one moment."""
 
     finished_recving: set[str] = field(default_factory=set)
-    failed_recving: set[str] = field(default_factory=set)  # the copy may still be running
     failed_blocks: set[int] = field(default_factory=set)
+    # Loads whose copy may still be running: all their blocks are lost to the request.
+    failed_recving: set[str] = field(default_factory=set)
+    hung_blocks: set[int] = field(default_factory=set)
 
 
 class WorkerSide:
@@ -46,6 +49,7 @@ class WorkerSide:
         self._orders = StepOrders()
         self._loads: dict[int, Operation] = {}
         self._completions: list[Completion] = []
+        self._lost: list[Completion] = []
         self._num_slots = 0
 
     def register(self, kv_caches: Mapping[str, Any]) -> None:
@@ -86,16 +90,25 @@ class WorkerSide:
         self._orders.operations = [operation for operation in operations if operation.direction != direction]
         if direction == Direction.ONBOARD:
             self._loads.update((operation.id, operation) for operation in chosen)
-        if self._worker is not None:
+        if self._worker is None:
+            return
+        try:
             self._worker.submit(chosen)
             self._worker.cancel(self._orders.cancel)  # may name what was ordered and given up in one step
+        except Exception:  # a fence of a broken device: the engine must hear of loads that will not happen
+            logger.exception("KVBM: %d operations could not be started", len(chosen))
+            self._lost += [
+                Completion(operation.id, np.arange(len(operation.host_slots), dtype=np.int32), Failure.ERROR)
+                for operation in chosen
+            ]
 
     def snapshot(self) -> Snapshot:
         """Finished and failed loads since the last call: each load is finished exactly once."""
         snapshot = Snapshot()
         if self._worker is None:
             return snapshot
-        for completion in self._worker.poll():
+        completions, self._lost = self._lost + self._worker.poll(), []
+        for completion in completions:
             self._completions.append(completion)
             load = self._loads.pop(completion.operation_id, None)
             if load is None:
@@ -105,6 +118,7 @@ class WorkerSide:
                 snapshot.failed_blocks.update(load.device_blocks[completion.failed].tolist())
             else:
                 snapshot.failed_recving.add(load.request_id)
+                snapshot.hung_blocks.update(load.device_blocks.tolist())
         return snapshot
 
     def report(self) -> WorkerReport | None:

@@ -1,0 +1,137 @@
+"""What identifies a vLLM request and engine. No vLLM is needed: the objects are told by their attributes."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvbm.errors import CapacityError, UnsupportedEngineError
+from kvbm.vllm_integration.compat import check_engine_version
+from kvbm.vllm_integration.identity import Geometry, geometry, identify
+
+
+def request(**changes: Any) -> SimpleNamespace:
+    plain = {
+        "pooling_params": None, "prompt_embeds": None, "prompt_is_token_ids": None, "resumable": False,
+        "mm_features": [], "lora_request": None, "cache_salt": None,
+    }  # fmt: skip
+    return SimpleNamespace(**{**plain, **changes})
+
+
+def image(identifier: str | None, offset: int, length: int) -> SimpleNamespace:
+    return SimpleNamespace(identifier=identifier, mm_position=SimpleNamespace(offset=offset, length=length))
+
+
+def lora(**changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{"lora_name": "a", "lora_int_id": 1, "lora_path": "/a", **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pooling_params": object()}, "pooling"),
+        ({"prompt_embeds": object()}, "embeddings"),
+        ({"prompt_is_token_ids": [True]}, "embeddings"),
+        ({"resumable": True}, "streaming"),
+        ({"mm_features": [image(None, 0, 4)]}, "identifier"),
+        ({"lora_request": lora(load_inplace=True)}, "in place"),
+    ],
+)
+def test_what_is_not_understood_is_refused(changes: dict[str, Any], reason: str):
+    result = identify(request(**changes))
+    assert isinstance(result, str)
+    assert reason in result
+
+
+def test_adapters_differ_by_name_and_path():
+    identities = [
+        identify(request(lora_request=adapter))
+        for adapter in (None, lora(), lora(lora_name="b"), lora(lora_path="/b"), lora(lora_int_id=2))
+    ]
+    assert len({identity.adapter for identity in identities if not isinstance(identity, str)}) == 5
+
+
+def test_images_enter_the_blocks_they_touch():
+    identity = identify(request(mm_features=[image("cat", 10, 20), image("dog", 30, 2)]))
+    assert not isinstance(identity, str)
+    keys = identity.extra_keys(16)
+    assert sorted(keys) == [0, 1]
+    other = identify(request(mm_features=[image("cow", 10, 20), image("dog", 30, 2)]))
+    assert not isinstance(other, str)
+    assert all(keys[block] != other.extra_keys(16)[block] for block in keys)
+    # Where an image starts matters: the same tokens of it lie elsewhere.
+    moved = identify(request(mm_features=[image("cat", 11, 20), image("dog", 31, 2)]))
+    assert not isinstance(moved, str)
+    assert moved.extra_keys(16)[0] != keys[0]
+
+
+class FullAttentionSpec:
+    block_size = 16
+    page_size_bytes = 1000
+    sliding_window: int | None = None
+
+
+class SlidingWindowSpec(FullAttentionSpec):
+    pass
+
+
+def engine(spec: type = FullAttentionSpec, groups: int = 1, **parallel: int) -> tuple[Any, Any]:
+    sizes = {"pipeline_parallel_size": 1, "world_size": 2, **parallel}
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(**sizes), model_config=SimpleNamespace(enable_sleep_mode=False)
+    )
+    group = SimpleNamespace(kv_cache_spec=spec(), layer_names=["a", "b", "c"])
+    return config, SimpleNamespace(kv_cache_groups=[group] * groups, num_blocks=7)
+
+
+def test_geometry():
+    assert geometry(*engine()) == Geometry(block_size=16, record_bytes=3000, num_device_blocks=7, ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        (engine(groups=2), "hybrid"),
+        (engine(SlidingWindowSpec), "SlidingWindowSpec"),
+        (engine(pipeline_parallel_size=2), "pipeline"),
+        (engine(decode_context_parallel_size=2), "context"),
+    ],
+)
+def test_engines_that_are_not_cached(parts: tuple[Any, Any], reason: str):
+    result = geometry(*parts)
+    assert isinstance(result, str)
+    assert reason in result
+
+
+def test_sliding_window_inside_a_full_attention_spec():
+    config, kv_cache = engine()
+    kv_cache.kv_cache_groups[0].kv_cache_spec.sliding_window = 128
+    assert "sliding" in str(geometry(config, kv_cache))
+
+
+def test_size_is_shared_by_the_ranks():
+    shape = Geometry(block_size=16, record_bytes=4000, num_device_blocks=7, ranks=2)
+    assert shape.num_slots(8192e-9 * 10, None) == 10
+    assert shape.num_slots(1.0, 3) == 3
+    assert shape.host_bytes(10) == 10 * 4096 * 2
+
+
+def test_less_than_one_block_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    from kvbm.config import load_config
+    from kvbm.vllm_integration.scheduler import slots_of
+
+    shape = Geometry(block_size=16, record_bytes=4_000_000, num_device_blocks=7, ranks=2)
+    with pytest.raises(CapacityError, match="DYN_KVBM_CPU_CACHE_GB"):
+        slots_of(shape, load_config({"host.cache_gb": 0.001}, environ={}))
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.32.0", "0.32.0+cpu", "0.33.1rc1"])
+def test_versions_within_the_range(version: str):
+    check_engine_version(version, allow_untested=False)
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0.0", "dev"])
+def test_versions_outside_the_range(version: str):
+    with pytest.raises(UnsupportedEngineError, match="KVBM_ALLOW_UNTESTED_ENGINE"):
+        check_engine_version(version, allow_untested=False)
+    check_engine_version(version, allow_untested=True)
