@@ -35,6 +35,7 @@ class HashIndex:
         self._tags = np.zeros((buckets, _WAYS), np.uint32)
         self._slots = np.zeros(buckets * _WAYS, np.int32)
         self._overflow: dict[bytes, int] = {}
+        self._spilled = np.zeros(buckets, np.uint16)  # keys of each bucket that are in the overflow
         self._low = np.zeros(capacity, np.uint64)  # the two words of each slot's key
         self._high = np.zeros(capacity, np.uint64)
 
@@ -49,7 +50,7 @@ class HashIndex:
         found = matched & (self._low.take(slots) == low) & (self._high.take(slots) == high)
         slots[~found] = -1
         if self._overflow:
-            for i in np.flatnonzero(~found & (rows[:, -1] != _EMPTY)):
+            for i in np.flatnonzero(~found & (self._spilled.take(buckets) > 0)):
                 slots[i] = self._overflow.get(_overflow_key(low[i], high[i]), -1)
         return slots
 
@@ -65,6 +66,7 @@ class HashIndex:
             columns, has_room = _first_true(self._tags.take(buckets, axis=0) == _EMPTY)
             if not has_room.all():
                 for i in np.flatnonzero(~has_room):
+                    self._spilled[buckets[i]] += 1
                     self._overflow[_overflow_key(self._low[slots[i]], self._high[slots[i]])] = int(slots[i])
                 slots, buckets = slots[has_room], buckets[has_room]
                 tags, columns = tags[has_room], columns[has_room]
@@ -86,6 +88,7 @@ class HashIndex:
         )
         self._tags.reshape(-1)[(buckets * _WAYS + columns)[present]] = _EMPTY
         for i in np.flatnonzero(~present):
+            self._spilled[buckets[i]] -= 1
             del self._overflow[_overflow_key(low[i], high[i])]
 
     def hashes(self, slots: Slots, group: int = 0) -> Hashes:

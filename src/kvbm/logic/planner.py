@@ -233,7 +233,11 @@ class Planner:
         if request is None:
             return []
         request.table.cut(0)
-        return [id_ for id_ in request.operations if self._in_flight[id_].is_offload]
+        cancelled = [id_ for id_ in request.operations if self._in_flight[id_].is_offload]
+        for id_ in cancelled:
+            members = self._in_flight[id_].members
+            members[:] = [(member, read[:0] if member is request else read) for member, read in members]
+        return cancelled
 
     def finish(
         self, request_id: str, device_blocks: Sequence[int], blocks: int, now: float

@@ -28,7 +28,7 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def reuse(self, slots: Slots) -> None:
-        """These were matched or claimed again and are pinned: not evictable until inserted again."""
+        """These, once written, were wanted again and are pinned: not evictable until inserted again."""
 
     @abstractmethod
     def forget(self, slots: Slots) -> None:
@@ -158,6 +158,7 @@ class SegmentedLru(EvictionPolicy):
         victims = self._probation.pop(count)
         if len(victims) < count:
             victims = np.concatenate([victims, self._protected.pop(count - len(victims))])
+            self._reused[victims] = False
         return victims
 
     def _remove(self, slots: Slots) -> None:
@@ -176,7 +177,7 @@ def load_policy(name: str) -> type[EvictionPolicy]:
     known = ", ".join(POLICIES)
     try:
         policy = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # the module may fail in any way while it is imported
         raise ConfigError(
             f"host.policy = {name!r} can't be loaded: {error}. Use one of {known}, or 'module:Class' with a "
             f"module that can be imported."

@@ -194,7 +194,8 @@ class BlockPool:
         else:
             np.add.at(self._pins, slots, 1)
             slots = np.unique(slots)
-        self._policy.reuse(slots)
+        # A block that is still being written is not used again.
+        self._policy.reuse(slots[self._states[slots] == _REGISTERED])
 
     def release(self, slots: Slots) -> None:
         """Undo one pin of each of distinct slots, given in the order of their sequence, head first."""
@@ -211,7 +212,12 @@ class BlockPool:
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Call `subscriber` with each BlockEvent from now on; returns what ends the subscription."""
         self._subscribers.append(subscriber)
-        return lambda: self._subscribers.remove(subscriber)
+
+        def unsubscribe() -> None:
+            if subscriber in self._subscribers:
+                self._subscribers.remove(subscriber)
+
+        return unsubscribe
 
     # ---- inside ----
 

@@ -227,7 +227,7 @@ class Leader:
             self.off_reason = report.refused
             logger.warning("KVBM: caching is off: %s", report.refused)
             return []
-        if report.rank not in self._ready:
+        if report.rank not in self._ready and report.rank in range(self._ranks):
             if report.num_slots != self._num_slots:
                 self.off_reason = f"rank {report.rank} has {report.num_slots} blocks, not {self._num_slots}"
                 logger.error("KVBM: caching is off: %s. Please report this.", self.off_reason)

@@ -30,11 +30,12 @@ class HostArena:
         self.record_bytes = record_bytes
         self.slot_bytes = slot_bytes(record_bytes)
         size = num_slots * self.slot_bytes
+        self.fd = os.memfd_create("kvbm-host-arena", os.MFD_CLOEXEC)
         try:
-            self.fd = os.memfd_create("kvbm-host-arena", os.MFD_CLOEXEC)
             os.ftruncate(self.fd, size)
             self._mapping = mmap.mmap(self.fd, size)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
+            os.close(self.fd)
             raise CapacityError(
                 f"The host tier of {size / 1e9:.2f} GB can't be mapped: {error}. Lower DYN_KVBM_CPU_CACHE_GB."
             ) from error

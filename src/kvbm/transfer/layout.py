@@ -97,15 +97,18 @@ def _pieces(tensor: TensorView, num_blocks: int) -> list[tuple[int, int, int]]:
         if dim != block_dim and size > 1
     ]
     inner.sort()
+    block_stride = part_stride * parts
+    extent = tensor.itemsize
+    for stride, size in sorted([(block_stride, num_blocks), *inner]):
+        if stride < extent:
+            raise LayoutError(
+                f"KV tensor {tensor.name} of shape {tensor.shape} and strides {tensor.strides} bytes overlaps "
+                f"itself: this layout is not known and is not cached."
+            )
+        extent += stride * (size - 1)
     dense = tensor.itemsize
     while inner and inner[0][0] == dense:
         dense *= inner.pop(0)[1]
-    block_stride = part_stride * parts
-    if block_stride < dense or any(stride < dense for stride, _ in inner):
-        raise LayoutError(
-            f"KV tensor {tensor.name} of shape {tensor.shape} and strides {tensor.strides} bytes overlaps "
-            f"itself: this layout is not known and is not cached."
-        )
     outermost_first = inner[::-1]
     return [
         (
