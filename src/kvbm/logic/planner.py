@@ -256,7 +256,7 @@ class Planner:
         for id_ in request.operations:
             in_flight = self._in_flight[id_]
             if in_flight.is_offload:
-                own = [read for member, read in in_flight.members if member is request]
+                own = [read for member, read in in_flight.members if member is request and len(read)]
                 in_flight.held += own
                 outcome.hold += own
         self._let_go(request)

@@ -102,8 +102,8 @@ def _pieces(tensor: TensorView, num_blocks: int) -> list[tuple[int, int, int]]:
     for stride, size in sorted([(block_stride, num_blocks), *inner]):
         if stride < extent:
             raise LayoutError(
-                f"KV tensor {tensor.name} of shape {tensor.shape} and strides {tensor.strides} bytes overlaps "
-                f"itself: this layout is not known and is not cached."
+                f"KV tensor {tensor.name} of shape {tensor.shape} and strides {tensor.strides} bytes "
+                f"overlaps itself: this layout is not known and is not cached."
             )
         extent += stride * (size - 1)
     dense = tensor.itemsize
