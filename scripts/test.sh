@@ -9,6 +9,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
 bash scripts/setup.sh
 PATH=$ROOT/.venv/bin:$PATH
+python -m pip install -q --disable-pip-version-check -c .venv/constraints.txt -e ".[test,dev]"
 python scripts/prepare_model.py
 
 ruff check .

@@ -63,7 +63,10 @@ class HashIndex:
         tags = _tags_of(high)
         flat_tags = self._tags.reshape(-1)
         while len(slots):
-            columns, has_room = _first_true(self._tags.take(buckets, axis=0) == _EMPTY)
+            rows = self._tags.take(buckets, axis=0)
+            columns, has_room = _first_true(rows == _EMPTY)
+            # `find` looks at one cell of a tag: a second key with that tag goes to the overflow.
+            has_room &= ~_first_true(rows == tags[:, None])[1]
             if not has_room.all():
                 for i in np.flatnonzero(~has_room):
                     self._spilled[buckets[i]] += 1

@@ -47,7 +47,8 @@ class Outcome:
     """Device blocks whose reuse depends on what was just planned or reported."""
 
     hold: list[BlockIds] = field(default_factory=list)  # must not be reused until released
-    release: list[BlockIds] = field(default_factory=list)
+    release: list[BlockIds] = field(default_factory=list)  # offloads no longer read them
+    release_loaded: list[BlockIds] = field(default_factory=list)  # loads that had hung no longer write them
 
 
 @dataclass(slots=True)
@@ -293,7 +294,7 @@ class Planner:
         in_flight.waiting_for.discard(rank)
         if not in_flight.waiting_for:
             self._settle(in_flight)
-            outcome.release += in_flight.held
+            (outcome.release if in_flight.is_offload else outcome.release_loaded).extend(in_flight.held)
         return outcome
 
     def expire(self, now: float) -> None:
@@ -311,6 +312,10 @@ class Planner:
         self._drop(self.pool.clear())
         for request in self._requests.values():
             request.failures = MAX_FAILURES
+
+    def in_flight(self, operation_id: int) -> bool:
+        """Whether some rank may still touch the operation's memory."""
+        return operation_id in self._in_flight
 
     @property
     def has_work(self) -> bool:

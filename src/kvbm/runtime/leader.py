@@ -16,7 +16,7 @@ import numpy as np
 
 from kvbm.config import Config
 from kvbm.logic.hashing import SequenceHasher, root_hash
-from kvbm.logic.operations import Direction, Operation
+from kvbm.logic.operations import BlockIds, Direction, Operation
 from kvbm.logic.planner import Outcome, Planner, Stats
 from kvbm.logic.policies import load_policy
 from kvbm.logic.pool import BlockEvent, BlockPool
@@ -80,6 +80,7 @@ class Leader:
         self._ready: set[int] = set()
         self._orders = StepOrders()
         self._lost_loads = 0
+        self._load_blocks: dict[int, BlockIds] = {}  # of loads under way
         self._pool = BlockPool(num_slots, load_policy(config.host.policy))
         self._planner = Planner(
             self._pool,
@@ -153,6 +154,7 @@ class Leader:
             operation = Operation(
                 -self._lost_loads, Direction.ONBOARD, request_id, blocks, nothing, self._timeout_s
             )
+        self._load_blocks[operation.id] = operation.device_blocks
         self._orders.operations.append(operation)
 
     @_off_on_error(lambda: None)
@@ -199,7 +201,12 @@ class Leader:
 
     def receive(self, reports: Iterable[WorkerReport]) -> list[Outcome]:
         """Take in the ranks' reports. Outcomes say which device blocks to hold and which to release."""
-        return [outcome for report in reports for outcome in self._receive(report)]
+        if self.off_reason is None:
+            return [outcome for report in reports for outcome in self._receive(report)]
+        # Nobody waits for completions any more, but a load that hangs may still write to its blocks: these
+        # stay out of use for good.
+        hung = [done.operation_id for report in reports for done in report.completions if not done.quiesced]
+        return [Outcome(hold=[self._load_blocks[id_]]) for id_ in hung if id_ in self._load_blocks]
 
     def tick(self) -> None:
         """Let deadlines pass. Once a step."""
@@ -237,7 +244,11 @@ class Leader:
                 logger.info(
                     "KVBM: host tier ready, %d blocks of %d tokens", self._num_slots, self._block_size
                 )
-        return [self._planner.complete(report.rank, completion) for completion in report.completions]
+        outcomes = [self._planner.complete(report.rank, completion) for completion in report.completions]
+        for completion in report.completions:
+            if not self._planner.in_flight(completion.operation_id):
+                self._load_blocks.pop(completion.operation_id, None)
+        return outcomes
 
     @_off_on_error(lambda: None)
     def _tick(self) -> None:

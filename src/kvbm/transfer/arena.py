@@ -75,13 +75,24 @@ def available_memory(root: Path = Path("/")) -> int | None:
                 limits.append(int(line.split()[1]) * 1024)
     except (OSError, ValueError, IndexError):
         pass
-    for limit_file, usage_file in (
-        ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),  # cgroup v2
-        ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),  # v1
+    for folder, limit_file, usage_file in (
+        ("sys/fs/cgroup", "memory.max", "memory.current"),  # cgroup v2
+        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),  # v1
     ):
+        group = root / folder
         try:
-            limit = int((root / limit_file).read_text())  # "max" where there is no limit: ValueError
-            limits.append(max(0, limit - int((root / usage_file).read_text())))
+            limit = int((group / limit_file).read_text())  # "max" where there is no limit: ValueError
+            used = int((group / usage_file).read_text()) - _page_cache(group)
+            limits.append(max(0, limit - used))
         except (OSError, ValueError):
             continue
     return min(limits) if limits else None
+
+
+def _page_cache(group: Path) -> int:
+    """Bytes that a cgroup is charged for file contents that the kernel drops when memory is wanted."""
+    try:
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        return 0

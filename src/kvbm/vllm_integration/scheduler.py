@@ -170,6 +170,7 @@ class SchedulerSide:
             compat.hold_blocks(self._block_pool, blocks.tolist())
         for blocks in outcome.release:
             self._held.subtract(blocks.tolist())
+        for blocks in (*outcome.release, *outcome.release_loaded):
             compat.release_blocks(self._block_pool, blocks.tolist())
 
     def _release_held(self) -> None:

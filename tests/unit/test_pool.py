@@ -1,0 +1,438 @@
+"""The life of a block: who may have a slot, what can be matched, and what subscribers hear."""
+
+import numpy as np
+import pytest
+
+from kvbm.logic.hashing import Hashes
+from kvbm.logic.policies import EvictionPolicy, Lru, SegmentedLru
+from kvbm.logic.pool import BlockEvent, BlockPool, BlockState, EventKind
+
+ALL_HASHES: Hashes = np.random.default_rng(5).integers(0, 2**64, (100_000, 2), np.uint64)
+
+
+def names(*numbers: int) -> Hashes:
+    return ALL_HASHES[list(numbers)].reshape(-1, 2)
+
+
+def slots_of(*slots: int) -> np.ndarray:
+    return np.array(slots, np.int64)
+
+
+def stored(pool: BlockPool, hashes: Hashes, group: int = 0) -> np.ndarray:
+    """Registered blocks, pinned by nobody."""
+    slots, is_new = pool.claim(hashes, pool.capacity, group)
+    assert is_new.all()
+    pool.register(slots)
+    pool.release(slots)
+    return slots
+
+
+def follow(pool: BlockPool) -> set[tuple[int, bytes]]:
+    """What a subscriber holds to be matchable."""
+    matchable: set[tuple[int, bytes]] = set()
+
+    def hear(event: BlockEvent) -> None:
+        assert event.tier == pool.tier
+        assert len(event.hashes)
+        for row in event.hashes:
+            key = event.group, row.tobytes()
+            assert (key in matchable) == (event.kind == EventKind.REMOVED)
+            matchable.symmetric_difference_update({key})
+
+    pool.subscribe(hear)
+    return matchable
+
+
+def really_matchable(pool: BlockPool, groups: int = 1) -> set[tuple[int, bytes]]:
+    return {
+        (group, row.tobytes())
+        for group in range(groups)
+        for row in ALL_HASHES[:30]
+        if len(pool.match(row.reshape(1, 2), group))
+    }
+
+
+# ---- life cycle ----
+
+
+def test_life_cycle() -> None:
+    pool = BlockPool(4, Lru)
+    slots = pool.allocate(3)
+    assert slots.tolist() == [0, 1, 2]  # a young pool touches its memory from the start
+    assert pool.num_free == 1
+    assert pool.states(slots).tolist() == [BlockState.PARTIAL] * 3
+    assert pool.pins(slots).tolist() == [1, 1, 1]
+    hashes = names(1, 2, 3)
+    assert pool.find(hashes).tolist() == [-1, -1, -1]
+    assert pool.complete(slots, hashes).tolist() == slots.tolist()
+    assert pool.states(slots).tolist() == [BlockState.COMPLETE] * 3
+    assert pool.find(hashes).tolist() == slots.tolist()
+    assert len(pool.match(hashes)) == 0
+    pool.register(slots[[0, 2]])
+    assert pool.match(hashes).tolist() == [0]
+    pool.register(slots[[1]])
+    assert pool.match(hashes).tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(pool.hashes(slots), hashes)
+    assert pool.num_registered == 3
+    pool.release(slots)
+    assert pool.num_free == 1
+    assert pool.match(hashes).tolist() == [0, 1, 2]
+    pool.withdraw(slots[[1]])
+    assert pool.match(hashes).tolist() == [0]
+    assert pool.num_free == 2
+    assert pool.num_registered == 2
+
+
+def test_match_is_the_longest_registered_prefix() -> None:
+    pool = BlockPool(10, Lru)
+    stored(pool, names(0, 1, 3))
+    assert len(pool.match(names(0, 1, 2, 3))) == 2
+    assert len(pool.match(names(2, 0, 1))) == 0
+    assert len(pool.match(names())) == 0
+    assert len(pool.match(names(3))) == 1
+
+
+def test_match_does_not_return_what_is_only_complete() -> None:
+    pool = BlockPool(4, Lru)
+    slots, _ = pool.claim(names(0, 1), 4)
+    assert len(pool.match(names(0, 1))) == 0
+    pool.register(slots[1:])
+    assert len(pool.match(names(0, 1))) == 0
+    assert len(pool.match(names(1))) == 1
+
+
+def test_partial_blocks_that_are_released_are_free_again() -> None:
+    pool = BlockPool(4, Lru)
+    pool.release(pool.allocate(4))
+    assert pool.num_free == 4
+    assert len(pool.allocate(4)) == 4
+
+
+def test_complete_blocks_that_nobody_uses_any_more_are_gone() -> None:
+    pool = BlockPool(4, Lru)
+    slots, _ = pool.claim(names(0, 1), 4)
+    pool.release(slots)
+    assert pool.num_free == 4
+    assert pool.find(names(0, 1)).tolist() == [-1, -1]
+
+
+def test_allocate_gives_what_there_is() -> None:
+    pool = BlockPool(4, Lru)
+    first = pool.allocate(3)
+    assert len(pool.allocate(3)) == 1
+    assert len(pool.allocate(1)) == 0
+    assert len(pool.allocate(0)) == 0
+    pool.release(first)
+    assert len(pool.allocate(5)) == 3
+
+
+def test_only_unpinned_blocks_are_evicted() -> None:
+    pool = BlockPool(6, Lru)
+    stored(pool, names(0, 1, 2))
+    used = pool.match(names(0, 1))
+    pool.pin(used)
+    assert len(pool.allocate(6)) == 4
+    assert pool.match(names(0, 1, 2)).tolist() == used.tolist()
+    assert pool.evictions == 1
+    assert pool.num_registered == 2
+
+
+# ---- duplicates ----
+
+
+def test_a_duplicate_gives_way_to_the_owner() -> None:
+    pool = BlockPool(6, Lru)
+    owner = stored(pool, names(7))
+    mine = pool.allocate(2)
+    held = pool.complete(mine, names(6, 7))
+    assert held.tolist() == [mine[0], owner[0]]
+    assert pool.pins(held).tolist() == [1, 1]
+    assert pool.states(mine).tolist() == [BlockState.COMPLETE, BlockState.RESET]
+    assert pool.num_free == 4
+    pool.register(held[:1])
+    pool.release(held)
+    assert len(pool.match(names(6, 7))) == 2
+    assert pool.num_registered == 2
+
+
+def test_duplicates_within_one_call_of_complete() -> None:
+    pool = BlockPool(6, Lru)
+    mine = pool.allocate(4)
+    held = pool.complete(mine, names(3, 4, 3, 3))
+    assert held.tolist() == [mine[0], mine[1], mine[0], mine[0]]
+    assert pool.pins(mine).tolist() == [3, 1, 0, 0]
+    assert pool.num_free == 4
+    pool.register(mine[:2])
+    for slot in held:
+        pool.release(slots_of(slot))
+    assert pool.match(names(3, 4)).tolist() == mine[:2].tolist()
+
+
+def test_claim_shares_finds_and_makes() -> None:
+    pool = BlockPool(6, Lru)
+    there = stored(pool, names(0))
+    slots, is_new = pool.claim(names(0, 1, 2, 1, 0, 2), 10)
+    assert is_new.tolist() == [False, True, True, False, False, False]
+    assert slots[0] == slots[4] == there[0]
+    assert slots[1] == slots[3]
+    assert slots[2] == slots[5]
+    assert pool.pins(slots[:3]).tolist() == [2, 2, 2]
+    assert pool.states(slots[:3]).tolist() == [
+        BlockState.REGISTERED,
+        BlockState.COMPLETE,
+        BlockState.COMPLETE,
+    ]
+    assert pool.num_free == 3
+
+
+@pytest.mark.parametrize(("capacity", "max_new"), [(2, 10), (10, 2)])
+def test_claim_gives_room_in_the_order_of_the_request(capacity: int, max_new: int) -> None:
+    pool = BlockPool(capacity, Lru)
+    slots, is_new = pool.claim(names(0, 1, 0, 2, 1, 2, 3), max_new)
+    assert (slots >= 0).tolist() == [True, True, True, False, True, False, False]
+    assert is_new.tolist() == [True, True, False, False, False, False, False]
+    assert pool.pins(slots[:2]).tolist() == [2, 2]
+    assert pool.find(names(2, 3)).tolist() == [-1, -1]
+
+
+def test_claim_does_not_evict_what_it_found() -> None:
+    pool = BlockPool(4, Lru)
+    there = stored(pool, names(0, 1, 2, 3))
+    slots, is_new = pool.claim(names(0, 1, 2, 9, 8), 10)
+    assert slots.tolist() == [*there[:3], there[3], -1]
+    assert is_new.tolist() == [False, False, False, True, False]
+    assert pool.find(names(3)).tolist() == [-1]
+
+
+def test_claim_of_nothing() -> None:
+    pool = BlockPool(4, Lru)
+    slots, is_new = pool.claim(names(), 10)
+    assert len(slots) == len(is_new) == 0
+    slots, is_new = pool.claim(names(1), 0)
+    assert slots.tolist() == [-1]
+    assert not is_new.any()
+
+
+def test_hashes_that_share_a_word_are_not_duplicates() -> None:
+    pool = BlockPool(8, Lru)
+    hashes = np.array([(1, 2 << 32), (1, 3 << 32), (2, 2 << 32), (1, 2 << 32)], np.uint64)
+    slots, is_new = pool.claim(hashes, 10)
+    assert is_new.tolist() == [True, True, True, False]
+    assert slots[3] == slots[0]
+    assert len(set(slots.tolist())) == 3
+
+
+# ---- pins ----
+
+
+def test_pins_are_counted() -> None:
+    pool = BlockPool(2, Lru)
+    slots = stored(pool, names(0, 1))
+    pool.pin(slots_of(slots[0], slots[0], slots[1]))
+    assert pool.pins(slots).tolist() == [2, 1]
+    pool.release(slots)
+    assert len(pool.allocate(2)) == 1  # only the second can go
+    assert len(pool.match(names(0))) == 1
+    pool.release(slots[:1])
+    assert len(pool.allocate(2)) == 1
+    assert len(pool.match(names(0))) == 0
+
+
+def test_withdrawn_while_pinned_is_quarantined() -> None:
+    pool = BlockPool(3, Lru)
+    slots, _ = pool.claim(names(0, 1), 3)
+    pool.pin(slots)
+    pool.withdraw(slots)
+    assert pool.find(names(0, 1)).tolist() == [-1, -1]
+    assert pool.num_free == 1
+    # The same content gets another slot, and what is quarantined is given to nobody.
+    again, is_new = pool.claim(names(0, 1), 3)
+    assert is_new.tolist() == [True, False]
+    assert again.tolist()[0] not in slots.tolist()
+    assert again[1] == -1
+    pool.release(slots)
+    assert pool.num_free == 0
+    assert len(pool.allocate(1)) == 0
+    pool.release(slots)
+    assert pool.num_free == 2
+    assert set(pool.allocate(3).tolist()) == set(slots.tolist())
+
+
+def test_registered_and_withdrawn_while_pinned() -> None:
+    pool = BlockPool(2, SegmentedLru)
+    slots = stored(pool, names(0, 1))
+    pool.pin(slots)
+    pool.withdraw(slots)
+    assert pool.num_registered == 0
+    assert len(pool.allocate(2)) == 0
+    pool.release(slots)
+    assert pool.num_free == 2
+    stored(pool, names(5, 6))
+    assert len(pool.match(names(5, 6))) == 2
+    assert len(pool.match(names(0))) == 0
+
+
+def test_clear() -> None:
+    pool = BlockPool(6, Lru)
+    matchable = follow(pool)
+    idle = stored(pool, names(0, 1))
+    used, _ = pool.claim(names(2, 3), 6)
+    pool.register(used[:1])
+    partial = pool.allocate(1)
+    assert set(pool.clear().tolist()) == {*idle.tolist(), *used.tolist()}
+    assert matchable == set()
+    assert pool.num_registered == 0
+    assert pool.num_free == 3
+    assert pool.states(partial).tolist() == [BlockState.PARTIAL]
+    pool.release(used)
+    assert pool.num_free == 5
+
+
+# ---- groups ----
+
+
+def test_groups_do_not_mix() -> None:
+    pool = BlockPool(9, Lru)
+    matchable = follow(pool)
+    slots = [stored(pool, names(0, 1, 2), group) for group in range(3)]
+    assert len({int(slot) for part in slots for slot in part}) == 9
+    for group in range(3):
+        assert pool.match(names(0, 1, 2), group).tolist() == slots[group].tolist()
+    assert len(pool.match(names(0), 3)) == 0
+    everything = np.concatenate(slots)
+    np.testing.assert_array_equal(pool.hashes(everything), names(0, 1, 2, 0, 1, 2, 0, 1, 2))
+    assert matchable == really_matchable(pool, 3)
+    pool.withdraw(slots[1])
+    assert [len(pool.match(names(0, 1, 2), group)) for group in range(3)] == [3, 0, 3]
+    # A slot takes the group of its next block.
+    again, is_new = pool.claim(names(0, 1, 2), 9, 2)
+    assert not is_new.any()
+    again, is_new = pool.claim(names(7, 8), 9, 2)
+    assert is_new.all()
+    assert set(again.tolist()) < set(slots[1].tolist())
+    np.testing.assert_array_equal(pool.hashes(again), names(7, 8))
+
+
+# ---- events ----
+
+
+def test_events_rebuild_what_can_be_matched() -> None:
+    pool = BlockPool(20, Lru)
+    matchable = follow(pool)
+    random = np.random.default_rng(3)
+    held: list[np.ndarray] = []
+    for _ in range(400):
+        action = random.integers(0, 5)
+        group = int(random.integers(0, 2))
+        if action <= 1:
+            slots, is_new = pool.claim(names(*random.integers(0, 30, 4)), 4, group)
+            pool.register(slots[is_new])
+            for slot in slots[slots >= 0]:
+                held.append(slots_of(slot))
+        elif action == 2 and held:
+            for _ in range(6):
+                if held:
+                    pool.release(held.pop(int(random.integers(0, len(held)))))
+        elif action == 3:
+            first = int(random.integers(0, 30))
+            slots = pool.match(names(first), group)
+            pool.withdraw(slots)
+        elif random.integers(0, 20) == 0:
+            pool.clear()
+        assert matchable == really_matchable(pool, 2)
+        assert len(matchable) == pool.num_registered
+    assert pool.evictions > 20
+
+
+def test_a_subscription_ends() -> None:
+    pool = BlockPool(4, Lru)
+    heard: list[BlockEvent] = []
+    unsubscribe = pool.subscribe(heard.append)
+    stored(pool, names(0))
+    unsubscribe()
+    stored(pool, names(1))
+    assert len(heard) == 1
+
+
+def test_version_tells_when_a_match_may_change() -> None:
+    pool = BlockPool(2, Lru)
+    version = pool.version
+    slots, _ = pool.claim(names(0), 2)
+    pool.register(slots)
+    assert pool.version > version
+    pool.release(slots)
+    version = pool.version
+    assert len(pool.match(names(0))) == 1
+    assert pool.version == version
+    pool.allocate(2)  # evicts it
+    assert pool.version > version
+    pool = BlockPool(2, Lru)
+    slots = stored(pool, names(0))
+    version = pool.version
+    pool.withdraw(slots)
+    assert pool.version > version
+
+
+# ---- a policy of the user's that is wrong ----
+
+
+class Shameless(EvictionPolicy):
+    """Offers whatever it likes."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.offer = np.arange(capacity)
+
+    def insert(self, slots: np.ndarray) -> None: ...
+
+    def reuse(self, slots: np.ndarray) -> None: ...
+
+    def forget(self, slots: np.ndarray) -> None: ...
+
+    def evict(self, count: int) -> np.ndarray:
+        return self.offer
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_wrong_policy_never_gives_away_a_block_in_use(repeats: int) -> None:
+    pool = BlockPool(8, Shameless)
+    matchable = follow(pool)
+    assert isinstance(pool._policy, Shameless)
+    pool._policy.offer = np.concatenate([np.arange(8)] * repeats)
+    idle = stored(pool, names(0, 1))
+    pinned = stored(pool, names(2, 3))
+    pool.pin(pinned)
+    complete, _ = pool.claim(names(4), 1)
+    partial = pool.allocate(1)
+    quarantined, _ = pool.claim(names(5), 1)
+    pool.withdraw(quarantined)
+    assert pool.num_free == 1
+    taken = pool.allocate(8)
+    assert len(taken) == len(set(taken.tolist())) == 3
+    assert set(taken.tolist()) == {*idle.tolist(), 7}
+    assert pool.match(names(2, 3)).tolist() == pinned.tolist()
+    assert pool.find(names(4)).tolist() == complete.tolist()
+    assert pool.states(partial).tolist() == [BlockState.PARTIAL]
+    assert matchable == really_matchable(pool)
+    assert len(pool.allocate(1)) == 0
+    assert pool.num_registered == 2
+
+
+# ---- many blocks ----
+
+
+def test_a_pool_of_some_size_stays_consistent() -> None:
+    """Enough blocks, and turnover, that index buckets overflow."""
+    pool = BlockPool(3 * 2048, Lru)
+    random = np.random.default_rng(1)
+    for _ in range(300):
+        chain = names(*random.choice(20_000, 400, replace=False))
+        slots, is_new = pool.claim(chain, 400)
+        assert (slots >= 0).all()
+        assert (pool.find(chain) == slots).all()
+        pool.register(slots[is_new])
+        assert len(pool.match(chain)) == 400
+        pool.release(slots)
+    assert pool.num_free + pool.num_registered == pool.capacity
+    pool.clear()
+    assert pool.num_free == pool.capacity
