@@ -85,23 +85,24 @@ class SequenceHasher:
         `extra_keys` maps a block's index in the sequence to bytes that, beside the tokens, determine its
         contents (the identity of an image, for example).
         """
-        stride = self.block_size * _TOKEN.itemsize
         data = _token_bytes(tokens)
+        stride = self.block_size * _TOKEN.itemsize
         added = len(data) // stride
+        # As a list at once: half the time of slicing in the loop.
+        blocks: list[bytes] = np.frombuffer(data, np.dtype((np.void, stride)), added).tolist()
+        if extra_keys:
+            first = len(self._hashes)
+            blocks = [tokens + extra_keys.get(first + i, b"") for i, tokens in enumerate(blocks)]
         copy_state = _BLOCK_STATE.copy
         last = self._last
-        first = len(self._hashes)
-        chain: list[bytes] = []
-        for start in range(0, added * stride, stride):
-            content = last + data[start : start + stride]
-            if extra_keys:
-                content += extra_keys.get(first + len(chain), b"")
+        chain = bytearray()
+        for block in blocks:
             state = copy_state()
-            state.update(content)
+            state.update(last + block)
             last = state.digest()
-            chain.append(last)
+            chain += last
         self._last = last
-        self._hashes.append(np.frombuffer(b"".join(chain), _WORD).reshape(-1, 2))
+        self._hashes.append(np.frombuffer(chain, _WORD).reshape(-1, 2))
 
 
 def _token_bytes(tokens: Sequence[int] | NDArray[np.integer]) -> bytes:

@@ -229,11 +229,13 @@ class Planner:
     # ---- ends ----
 
     def preempt(self, request_id: str) -> list[int]:
-        """The request lost its device blocks: returns the offloads that can't read them any more."""
+        """The request lost its device blocks: returns the offloads that can't read them any more.
+
+        Its table stays: it may be the new one already, as a request can be admitted again in the same step.
+        """
         request = self._requests.get(request_id)
         if request is None:
             return []
-        request.table.cut(0)
         cancelled = [id_ for id_ in request.operations if self._in_flight[id_].is_offload]
         for id_ in cancelled:
             members = self._in_flight[id_].members

