@@ -119,7 +119,7 @@ def bench_pool(name: str) -> dict[str, float]:
         rows.append(row)
     with_pool = full_collection()
     gc.callbacks.remove(on_gc)
-    del pool, slots, found
+    del pool
     result = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     result["all in, best run"] = min(row["all in"] for row in rows)
     result["bytes a block"] = bytes_a_block

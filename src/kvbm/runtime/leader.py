@@ -127,7 +127,9 @@ class Leader:
         self._planner.add_request(request_id, SequenceHasher(root, self._block_size))
 
     def refuse(self, reason: str) -> None:
-        """Count a request that isn't cached."""
+        """Count a request that isn't cached; the log names each reason once."""
+        if not self.not_cached[reason]:
+            logger.warning("KVBM: a request is not cached: %s. Further ones are only counted.", reason)
         self.not_cached[reason] += 1
 
     @_off_on_error(lambda: None)
