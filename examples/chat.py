@@ -7,7 +7,7 @@ conversation by the time its next turn comes. Without KVBM vLLM computes the who
 dropped blocks come back from host memory. One row a turn shows where the prompt's tokens came from and the
 time to the first token. The replies must be the same in both runs.
 
-    python examples/chat.py [--conversations 6] [--turns 4] [--cpu-cache-gb 1] [--model DIR] [--json FILE]
+    python examples/chat.py [--conversations 6] [--turns 3] [--cpu-cache-gb 1] [--model DIR] [--json FILE]
 
 Exit status: 0 all well; 1 replies differ, KVBM served nothing, or a server failed; 130 interrupted.
 """
@@ -440,7 +440,7 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--conversations", type=int, default=6, help="how many in rotation (default 6)")
-    parser.add_argument("--turns", type=int, default=4, help="turns of each conversation (default 4)")
+    parser.add_argument("--turns", type=int, default=3, help="turns of each conversation (default 3)")
     parser.add_argument(
         "--cpu-cache-gb", type=float, default=1.0, help="KVBM's host memory in GB (default 1)"
     )
