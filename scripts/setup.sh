@@ -144,8 +144,8 @@ install_model_packages() {
 BASE=$(choose_python)
 MODE=cpu
 if done_before engine "cuda $BASE" || has_cuda_vllm "$BASE"; then MODE=cuda; fi
-ENGINE="$MODE $BASE"
-[ "$MODE" = cuda ] || ENGINE+=" vllm $VLLM torch $TORCH"
+ENGINE="cuda $BASE"
+[ "$MODE" = cuda ] || ENGINE="cpu $("$BASE" -V) vllm $VLLM torch $TORCH" # whichever of equal Pythons is first in PATH
 KVBM="$ROOT $(sha256sum <"$ROOT/pyproject.toml")"
 CONSTRAINTS=$VENV/constraints.txt
 
