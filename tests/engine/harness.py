@@ -218,6 +218,7 @@ def make_engine(model: str, options: dict[str, Any]) -> Any:
         # vLLM has no async scheduling on CPU. Its scheduler and step queue run there none the less.
         from vllm.config import VllmConfig
 
-        VllmConfig.max_concurrent_batches = property(lambda self: 2)
+        config: Any = VllmConfig
+        config.max_concurrent_batches = property(lambda self: 2)
         options["scheduler_cls"] = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
     return vllm.LLM(model, **options)

@@ -92,7 +92,8 @@ def worker_side(llm: Any) -> Any:
     """The connector's half on the worker, which is in this process unless there are several."""
     from vllm.distributed.kv_transfer.kv_transfer_state import get_kv_transfer_group
 
-    return get_kv_transfer_group().worker_side
+    connector: Any = get_kv_transfer_group()
+    return connector.worker_side
 
 
 def worker(llm: Any) -> Any:
@@ -442,7 +443,7 @@ def use_old_interface(llm: Any) -> None:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
     from vllm.distributed.kv_transfer.kv_transfer_state import get_kv_transfer_group
 
-    connector = get_kv_transfer_group()
+    connector: Any = get_kv_transfer_group()
     connector.get_transfer_results = lambda ids: KVConnectorBase_V1.get_transfer_results(connector, ids)
 
 

@@ -7,6 +7,7 @@ move blocks at the speed of the bus take its place behind the same interface.
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,14 +29,15 @@ class CudaCopyEngine(CopyEngine):
         self._threads = threading.local()
         self._batch = max(1, _STAGING_BYTES // arena.slot_bytes)
         self._host = torch.from_numpy(arena.slots)
-        status = torch.cuda.cudart().cudaHostRegister(self._host.data_ptr(), self._host.numel(), 0)
+        cudart: Any = torch.cuda.cudart()
+        status = cudart.cudaHostRegister(self._host.data_ptr(), self._host.numel(), 0)
         if int(status) != 0:
             raise CapacityError(
                 f"CUDA can't pin {self._host.numel() / 1e9:.2f} GB of host memory ({status}). Lower "
                 f"DYN_KVBM_CPU_CACHE_GB, or raise the locked-memory limit (ulimit -l)."
             )
         # Memory that is unmapped while registered makes CUDA refuse the next mapping at its address.
-        weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, self._host.data_ptr())
+        weakref.finalize(self, cudart.cudaHostUnregister, self._host.data_ptr())
         self._runs = [(run, self._device_view(run, layout.num_blocks)) for run in layout.runs]
 
     def fence(self) -> object:
