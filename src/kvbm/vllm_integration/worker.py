@@ -69,6 +69,9 @@ class WorkerSide:
 
     def begin(self, orders: StepOrders) -> None:
         """Before the step's blocks are overwritten: give up copies that would read them too late."""
+        # A step that failed half-way may have left some behind: the leader waits for their completion.
+        self.start_loads()
+        self.start_offloads()
         self._orders = orders
         if self._worker is not None:
             self._worker.cancel(orders.cancel)
