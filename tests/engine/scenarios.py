@@ -248,7 +248,7 @@ def run_with_aborts(llm: Any, asks: Sequence[Ask], seed: int) -> dict[str, Any]:
     alive: list[str] = []
     aborted: set[str] = set()
     during_load = 0
-    slow(llm, "onboard", 0.01)  # so that aborts can hit a load
+    slow(llm, "onboard", 0.1)  # longer than a step, so that aborts can hit a load
     while waiting or alive:
         for _ in range(rng.randrange(4)):
             if waiting and len(alive) < 24:
