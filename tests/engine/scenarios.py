@@ -120,7 +120,7 @@ def observe(llm: Any) -> Seen:
         return Seen(**common)
     half = connector.scheduler_side
     lead = half.leader
-    tables = (half._requests, half._identities, half._refused, half._offered, half._loading)
+    tables = (half._requests, half._extra_keys, half._refused, half._offered, half._loading)
     planner = lead._planner
     return Seen(
         **common,

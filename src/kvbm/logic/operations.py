@@ -39,6 +39,11 @@ class Operation:
     host_slots: BlockIds
     timeout_s: float  # counted by each rank from its receipt: ranks need not share a clock
 
+    @property
+    def positions(self) -> BlockIds:
+        """Every position: what a `Completion` names when the operation failed as a whole."""
+        return np.arange(len(self.host_slots), dtype=np.int32)
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:

@@ -80,6 +80,10 @@ class _InFlight:
     def is_offload(self) -> bool:
         return self.operation.direction == _OFFLOAD
 
+    @property
+    def failed_slots(self) -> Slots:
+        return self.slots[self.failed & (self.slots >= 0)]
+
 
 class Planner:
     """Plans for one KV group over one host pool.
@@ -315,9 +319,10 @@ class Planner:
         for request in self._requests.values():
             request.failures = MAX_FAILURES
 
-    def in_flight(self, operation_id: int) -> bool:
-        """Whether some rank may still touch the operation's memory."""
-        return operation_id in self._in_flight
+    def load_target(self, operation_id: int) -> BlockIds | None:
+        """Device blocks that a load under way may still write to; None if it is not one."""
+        in_flight = self._in_flight.get(operation_id)
+        return in_flight.operation.device_blocks if in_flight and not in_flight.is_offload else None
 
     @property
     def has_work(self) -> bool:
@@ -357,12 +362,7 @@ class Planner:
     def _expire(self, in_flight: _InFlight) -> None:
         """Nobody may use the failed blocks from now on; the operation stays, and keeps its pins."""
         in_flight.expired = True
-        self._drop(self._untrusted(in_flight))
-
-    def _untrusted(self, in_flight: _InFlight) -> Slots:
-        """Slots of failed blocks that still have a name."""
-        slots = in_flight.slots[in_flight.failed & (in_flight.slots >= 0)]
-        return slots[self.pool.states(slots) >= _COMPLETE]
+        self._drop(in_flight.failed_slots)
 
     def _settle(self, in_flight: _InFlight) -> None:
         operation, slots = in_flight.operation, in_flight.slots
@@ -378,20 +378,20 @@ class Planner:
             self.pool.register(written)
             self.stats.offloaded_blocks += len(written)
             if failed:
-                self._drop(self._untrusted(in_flight), count_failure=in_flight.reason > Failure.CANCELLED)
+                self._drop(in_flight.failed_slots, count_failure=in_flight.reason > Failure.CANCELLED)
         else:
             self.stats.onboarded_blocks += len(slots) - failed
             if failed:
                 # A request gets one chance: offering it what is left could go on for ever.
                 in_flight.members[0][0].load_failed = True
-                self._drop(self._untrusted(in_flight))
+                self._drop(in_flight.failed_slots)
             slots = slots[slots >= 0]
         self.pool.release(slots)
         for request, _ in in_flight.members:
             self._let_go(request)
 
     def _drop(self, slots: Slots, count_failure: bool = False) -> None:
-        """Withdraw blocks and cut every chain that has one of them there."""
+        """Withdraw those blocks that still have a name, and cut every chain there."""
         if not len(slots):
             return
         named = slots[self.pool.states(slots) >= _COMPLETE]

@@ -16,7 +16,7 @@ import numpy as np
 
 from kvbm.config import Config
 from kvbm.logic.hashing import SequenceHasher, root_hash
-from kvbm.logic.operations import BlockIds, Direction, Operation
+from kvbm.logic.operations import Direction, Operation
 from kvbm.logic.planner import Outcome, Planner, Stats
 from kvbm.logic.policies import load_policy
 from kvbm.logic.pool import BlockEvent, BlockPool
@@ -80,7 +80,6 @@ class Leader:
         self._ready: set[int] = set()
         self._orders = StepOrders()
         self._lost_loads = 0
-        self._load_blocks: dict[int, BlockIds] = {}  # of loads under way
         self._pool = BlockPool(num_slots, load_policy(config.host.policy))
         self._planner = Planner(
             self._pool,
@@ -156,7 +155,6 @@ class Leader:
             operation = Operation(
                 -self._lost_loads, Direction.ONBOARD, request_id, blocks, nothing, self._timeout_s
             )
-        self._load_blocks[operation.id] = operation.device_blocks
         self._orders.operations.append(operation)
 
     @_off_on_error(lambda: None)
@@ -208,7 +206,8 @@ class Leader:
         # Nobody waits for completions any more, but a load that hangs may still write to its blocks: these
         # stay out of use for good.
         hung = [done.operation_id for report in reports for done in report.completions if not done.quiesced]
-        return [Outcome(hold=[self._load_blocks[id_]]) for id_ in hung if id_ in self._load_blocks]
+        targets = [self._planner.load_target(id_) for id_ in hung]
+        return [Outcome(hold=[blocks]) for blocks in targets if blocks is not None]
 
     def tick(self) -> None:
         """Let deadlines pass. Once a step."""
@@ -246,11 +245,7 @@ class Leader:
                 logger.info(
                     "KVBM: host tier ready, %d blocks of %d tokens", self._num_slots, self._block_size
                 )
-        outcomes = [self._planner.complete(report.rank, completion) for completion in report.completions]
-        for completion in report.completions:
-            if not self._planner.in_flight(completion.operation_id):
-                self._load_blocks.pop(completion.operation_id, None)
-        return outcomes
+        return [self._planner.complete(report.rank, completion) for completion in report.completions]
 
     @_off_on_error(lambda: None)
     def _tick(self) -> None:

@@ -8,7 +8,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from enum import IntEnum
 
 import numpy as np
 
@@ -18,20 +17,14 @@ from kvbm.transfer.records import HostRecords
 _NONE_FAILED = np.empty(0, np.int32)
 
 
-class _Phase(IntEnum):
-    QUEUED = 0
-    RUNNING = 1
-    DONE = 2
-
-
 class _Task:
-    __slots__ = ("after", "deadline", "operation", "phase", "reason", "timed_out")
+    __slots__ = ("after", "deadline", "operation", "reason", "running", "timed_out")
 
     def __init__(self, operation: Operation, after: object, deadline: float) -> None:
         self.operation = operation
         self.after = after
         self.deadline = deadline
-        self.phase = _Phase.QUEUED
+        self.running = False
         self.reason = Failure.NONE  # set from outside: cancelled or timed out
         self.timed_out = False  # reported as still running
 
@@ -77,7 +70,7 @@ class Worker:
         with self._lock:
             for id_ in operation_ids:
                 task = self._tasks.get(id_)
-                if task is not None and task.phase != _Phase.DONE:
+                if task is not None:
                     task.reason = max(task.reason, Failure.CANCELLED)
 
     def poll(self) -> list[Completion]:
@@ -112,16 +105,16 @@ class Worker:
                 return
             with self._lock:
                 if task.reason:
-                    self._finish(task, np.arange(len(task.operation.host_slots), dtype=np.int32), task.reason)
+                    self._finish(task, task.operation.positions, task.reason)
                     continue
-                task.phase = _Phase.RUNNING
+                task.running = True
             try:
                 failed, reason = self._execute(task.operation, task.after)
             except Exception:
-                failed, reason = np.arange(len(task.operation.host_slots), dtype=np.int32), Failure.ERROR
+                failed, reason = task.operation.positions, Failure.ERROR
             with self._lock:
                 if task.reason:
-                    failed = np.arange(len(task.operation.host_slots), dtype=np.int32)
+                    failed = task.operation.positions
                 self._finish(task, failed, max(reason, task.reason))
 
     def _execute(self, operation: Operation, after: object) -> tuple[BlockIds, Failure]:
@@ -140,13 +133,12 @@ class Worker:
     # ---- under the lock ----
 
     def _finish(self, task: _Task, failed: BlockIds, reason: Failure) -> None:
-        task.phase = _Phase.DONE
         del self._tasks[task.operation.id]
         self._completions.append(Completion(task.operation.id, failed, reason))
 
     def _time_out(self, task: _Task) -> None:
         task.reason = max(task.reason, Failure.TIMEOUT)
         task.timed_out = True
-        if task.phase == _Phase.RUNNING or task.operation.direction == Direction.ONBOARD:
-            failed = np.arange(len(task.operation.host_slots), dtype=np.int32)
+        if task.running or task.operation.direction == Direction.ONBOARD:
+            failed = task.operation.positions
             self._completions.append(Completion(task.operation.id, failed, Failure.TIMEOUT, quiesced=False))

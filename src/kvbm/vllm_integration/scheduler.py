@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvbm.config import Config
@@ -11,7 +11,7 @@ from kvbm.logic.planner import Outcome
 from kvbm.runtime.leader import Leader
 from kvbm.runtime.messages import StepOrders, WorkerReport
 from kvbm.vllm_integration import compat
-from kvbm.vllm_integration.identity import Geometry, RequestIdentity, engine_namespace, geometry, identify
+from kvbm.vllm_integration.identity import Geometry, engine_namespace, geometry, identify
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class SchedulerSide:
         self.leader = leader
         self._block_size = block_size
         self._requests: dict[str, Any] = {}
-        self._identities: dict[str, RequestIdentity] = {}
+        self._extra_keys: dict[str, Mapping[int, bytes]] = {}  # of multimodal items, by block
         self._refused: set[str] = set()
         self._offered: dict[str, int] = {}  # first block of the load last offered to vLLM
         self._loading: set[str] = set()
@@ -75,7 +75,7 @@ class SchedulerSide:
             self.leader.refuse(identity)
             return False
         self._requests[id_] = request
-        self._identities[id_] = identity
+        self._extra_keys[id_] = identity.extra_keys(self._block_size)
         self.leader.start(id_, salt=identity.salt, adapter=identity.adapter)
         return True
 
@@ -84,11 +84,7 @@ class SchedulerSide:
         hasher = self.leader.hasher(request.request_id) if self.leader else None
         if hasher is None or request.num_tokens - hasher.num_tokens < self._block_size:
             return
-        identity = self._identities[request.request_id]
-        hasher.extend(
-            request.all_token_ids[hasher.num_tokens :],
-            identity.extra_keys(self._block_size) if identity.images else None,
-        )
+        hasher.extend(request.all_token_ids[hasher.num_tokens :], self._extra_keys[request.request_id])
 
     # ---- a step ----
 
@@ -153,7 +149,7 @@ class SchedulerSide:
             self._held.update(held.tolist())
         self._apply(outcome)
         self._loading.discard(id_)
-        for table in (self._requests, self._identities, self._offered):
+        for table in (self._requests, self._extra_keys, self._offered):
             table.pop(id_, None)
 
     def reset(self) -> bool:

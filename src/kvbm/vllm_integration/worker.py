@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from kvbm.config import Config
@@ -101,8 +100,7 @@ class WorkerSide:
         except Exception:  # a fence of a broken device: the engine must hear of loads that will not happen
             logger.exception("KVBM: %d operations could not be started", len(chosen))
             self._lost += [
-                Completion(operation.id, np.arange(len(operation.host_slots), dtype=np.int32), Failure.ERROR)
-                for operation in chosen
+                Completion(operation.id, operation.positions, Failure.ERROR) for operation in chosen
             ]
 
     def snapshot(self) -> Snapshot:
