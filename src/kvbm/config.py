@@ -22,6 +22,10 @@ _Flag = Annotated[bool, Meta(description="true or false")]
 _Count = Annotated[int, Meta(description="an integer >= 1", ge=1)]
 _Seconds = Annotated[float, Meta(description="a number > 0", gt=0)]
 _Gigabytes = Annotated[float, Meta(description="a number >= 0", ge=0)]
+_OptionalFlag = Annotated[Annotated[bool, Meta()] | None, Meta(description="true, false or none")]
+_CopyMethod = Annotated[
+    Literal["auto", "dma", "kernel", "staged"], Meta(description="auto, dma, kernel or staged")
+]
 _OptionalCount = Annotated[Annotated[int, Meta(ge=0)] | None, Meta(description="an integer >= 0, or none")]
 _Policy = Annotated[
     str,
@@ -61,8 +65,13 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = "lru"
     checksum: Annotated[
-        _Flag, _key("KVBM_HOST_CHECKSUM", "Verify the checksum of a host record before it is loaded.")
-    ] = True
+        _OptionalFlag,
+        _key(
+            "KVBM_HOST_CHECKSUM",
+            "Verify the checksum of a host record before it is loaded. none: where the engine runs on CPUs, "
+            "but not on GPUs, whose bus is faster than that.",
+        ),
+    ] = None
 
 
 class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,12 +81,22 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
         _Count,
         _key(
             "DYN_KVBM_MAX_CONCURRENT_TRANSFERS",
-            "Most operations that a worker executes at once; half the CPU cores are the limit in any case.",
+            "Most operations that a worker executes at once in each direction; half the CPU cores are the "
+            "limit in any case.",
         ),
     ] = 4
     max_batch_blocks: Annotated[
         _Count, _key("DYN_KVBM_MAX_TRANSFER_BATCH_SIZE", "Most blocks that one offload operation copies.")
-    ] = 16
+    ] = 128
+    copy_method: Annotated[
+        _CopyMethod,
+        _key(
+            "KVBM_TRANSFER_COPY_METHOD",
+            "How a GPU's blocks are copied: by its copy engines piece by piece (dma), by a kernel over "
+            "pinned memory (kernel), or packed in device memory and then copied (staged). auto: what is "
+            "fastest on this device, measured at the first start and kept in ~/.cache/kvbm.",
+        ),
+    ] = "auto"
     max_queued_blocks: Annotated[
         _Count,
         _key(
@@ -287,7 +306,7 @@ def _convert(key: str, value: Any) -> Any:
         value = value.strip()
         if value.lower() == "none":
             value = None
-        elif isinstance(_FIELDS[key].default, bool):
+        elif "true" in _SETTINGS[key].type:
             value = {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}.get(value.lower())
     value = msgspec.convert(value, _FIELDS[key].type, strict=not isinstance(value, str))
     if isinstance(value, float) and not math.isfinite(value):

@@ -6,7 +6,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from kvbm.transfer.arena import HostArena  # noqa: E402
-from kvbm.transfer.cuda import CudaCopyEngine  # noqa: E402
+from kvbm.transfer.cuda.engine import CudaCopyEngine  # noqa: E402
 from kvbm.transfer.layout import recognise, tensor_view  # noqa: E402
 from kvbm.transfer.records import HostRecords  # noqa: E402
 

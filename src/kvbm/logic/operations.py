@@ -38,6 +38,8 @@ class Operation:
     device_blocks: BlockIds
     host_slots: BlockIds
     timeout_s: float  # counted by each rank from its receipt: ranks need not share a clock
+    # A load that the forward pass of the same step reads: the device orders that behind it.
+    in_step: bool = False
 
     @property
     def positions(self) -> BlockIds:

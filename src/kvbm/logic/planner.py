@@ -137,7 +137,9 @@ class Planner:
 
     # ---- onboard ----
 
-    def load(self, request_id: str, first: int, count: int, now: float) -> Operation | None:
+    def load(
+        self, request_id: str, first: int, count: int, now: float, *, in_step: bool = False
+    ) -> Operation | None:
         """Load blocks first .. first+count-1 of the request into the device blocks of its table.
 
         Blocks that the host no longer has get slot -1: the workers report them failed, so that the engine
@@ -152,7 +154,9 @@ class Planner:
         self.pool.pin(found)
         self.stats.matched_blocks += count
         blocks = request.table.rows[first : first + count].copy()
-        return self._start(Direction.ONBOARD, request_id, [(request, blocks)], blocks, slots, now)
+        return self._start(
+            Direction.ONBOARD, request_id, [(request, blocks)], blocks, slots, now, in_step=in_step
+        )
 
     # ---- offload ----
 
@@ -339,9 +343,16 @@ class Planner:
         device_blocks: BlockIds,
         slots: Slots,
         now: float,
+        in_step: bool = False,
     ) -> Operation:
         operation = Operation(
-            self._next_id, direction, request_id, device_blocks, slots.astype(np.int32), self._timeout_s
+            self._next_id,
+            direction,
+            request_id,
+            device_blocks,
+            slots.astype(np.int32),
+            self._timeout_s,
+            in_step,
         )
         self._next_id += 1
         # Workers count their deadline from receipt; the leader waits twice as long for their word.

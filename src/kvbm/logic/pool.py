@@ -56,10 +56,13 @@ Subscriber = Callable[[BlockEvent], None]
 
 
 class BlockPool:
-    """`capacity` slots of one tier. `tier` is the name that events carry."""
+    """`capacity` slots of one tier, the first `usable` of which have memory. `tier` is the name in events."""
 
-    def __init__(self, capacity: int, policy: type[EvictionPolicy], tier: str = "host") -> None:
+    def __init__(
+        self, capacity: int, policy: type[EvictionPolicy], tier: str = "host", usable: int | None = None
+    ) -> None:
         self.capacity = capacity
+        self.usable = 0
         self.tier = tier
         self.version = 0  # rises whenever the result of `match` may change
         self.evictions = 0
@@ -69,10 +72,16 @@ class BlockPool:
         self._states = np.zeros(capacity, np.uint8)
         self._pins = np.zeros(capacity, np.int32)
         self._groups = np.zeros(capacity, np.uint8)
-        # Stack of free slots; slot 0 is on top, so that a young pool touches its memory from the start.
-        self._free = np.arange(capacity - 1, -1, -1, dtype=np.int32)
-        self._num_free = capacity
+        self._free = np.zeros(capacity, np.int32)  # stack of free slots
+        self._num_free = 0
         self._subscribers: list[Subscriber] = []
+        self.grow(capacity if usable is None else usable)
+
+    def grow(self, usable: int) -> None:
+        """Slots up to number `usable` have memory now; never fewer than before."""
+        # Lowest on top, so that a young pool uses its memory from the start.
+        self._put_back(np.arange(min(usable, self.capacity) - 1, self.usable - 1, -1))
+        self.usable = max(self.usable, min(usable, self.capacity))
 
     # ---- looking up ----
 

@@ -77,10 +77,11 @@ class Leader:
         self._init_timeout_s = config.engine.init_timeout_s
         self._init_deadline: float | None = None  # counted from the first step
         self._timeout_s = config.transfer.timeout_s
-        self._ready: set[int] = set()
+        self._ready_slots: dict[int, int] = {}  # by rank
+        self._loads_in_step = True  # every rank can
         self._orders = StepOrders()
         self._lost_loads = 0
-        self._pool = BlockPool(num_slots, load_policy(config.host.policy))
+        self._pool = BlockPool(num_slots, load_policy(config.host.policy), usable=0)
         self._planner = Planner(
             self._pool,
             ranks=ranks,
@@ -101,8 +102,13 @@ class Leader:
 
     @property
     def ready(self) -> bool:
-        """All ranks have their memory; until then nothing is matched or offloaded."""
-        return self.off_reason is None and len(self._ready) == self._ranks
+        """All ranks have some of their memory; until then nothing is matched or offloaded."""
+        return self.off_reason is None and self._pool.usable > 0
+
+    @property
+    def loads_in_step(self) -> bool:
+        """Whether all ranks can order a step's forward pass behind a load."""
+        return self._loads_in_step and self.ready
 
     def subscribe(self, subscriber: Callable[[BlockEvent], None]) -> Callable[[], None]:
         """Call with every stored and removed event; an error in the subscriber ends its subscription."""
@@ -141,19 +147,22 @@ class Leader:
         """Number of blocks from block `first` on that can be loaded. Cheap, no side effect."""
         return self._planner.match(request_id, first) if self.ready else 0
 
-    def load(self, request_id: str, first: int, count: int, device_blocks: Sequence[int]) -> None:
+    def load(
+        self, request_id: str, first: int, count: int, device_blocks: Sequence[int], *, in_step: bool = False
+    ) -> None:
         """Order the load of blocks first .. first+count-1; `device_blocks` is the request's whole table.
 
         The engine waits for this load, so there is always an operation, if only one that fails.
+        in_step: the next step's forward pass reads the blocks.
         """
         self.set_table(request_id, device_blocks)
-        operation = self._load(request_id, first, count)
+        operation = self._load(request_id, first, count, in_step)
         if operation is None:
             blocks = np.asarray(device_blocks[first : first + count], np.int32)
             nothing = np.full(len(blocks), -1, np.int32)
             self._lost_loads += 1
             operation = Operation(
-                -self._lost_loads, Direction.ONBOARD, request_id, blocks, nothing, self._timeout_s
+                -self._lost_loads, Direction.ONBOARD, request_id, blocks, nothing, self._timeout_s, in_step
             )
         self._orders.operations.append(operation)
 
@@ -226,8 +235,8 @@ class Leader:
     # ---- guarded insides ----
 
     @_off_on_error(lambda: None)
-    def _load(self, request_id: str, first: int, count: int) -> Operation | None:
-        return self._planner.load(request_id, first, count, self._clock())
+    def _load(self, request_id: str, first: int, count: int, in_step: bool) -> Operation | None:
+        return self._planner.load(request_id, first, count, self._clock(), in_step=in_step)
 
     @_off_on_error(list)
     def _receive(self, report: WorkerReport) -> list[Outcome]:
@@ -235,17 +244,24 @@ class Leader:
             self.off_reason = report.refused
             logger.warning("KVBM: caching is off: %s", report.refused)
             return []
-        if report.rank not in self._ready and report.rank in range(self._ranks):
+        if report.ready_slots > self._ready_slots.get(report.rank, 0) and report.rank in range(self._ranks):
             if report.num_slots != self._num_slots:
                 self.off_reason = f"rank {report.rank} has {report.num_slots} blocks, not {self._num_slots}"
                 logger.error("KVBM: caching is off: %s. Please report this.", self.off_reason)
                 return []
-            self._ready.add(report.rank)
-            if self.ready:
-                logger.info(
-                    "KVBM: host tier ready, %d blocks of %d tokens", self._num_slots, self._block_size
-                )
+            self._ready_slots[report.rank] = report.ready_slots
+            self._loads_in_step &= report.loads_in_step
+            if len(self._ready_slots) == self._ranks:
+                self._grow(min(self._ready_slots.values()))
         return [self._planner.complete(report.rank, completion) for completion in report.completions]
+
+    def _grow(self, usable: int) -> None:
+        before, total = self._pool.usable, self._num_slots
+        self._pool.grow(usable)
+        if self._pool.usable == total > before:
+            logger.info("KVBM: host tier ready, %d blocks of %d tokens", total, self._block_size)
+        elif not before:
+            logger.info("KVBM: host tier in use while its memory is pinned: %d of %d blocks", usable, total)
 
     @_off_on_error(lambda: None)
     def _tick(self) -> None:
@@ -256,7 +272,7 @@ class Leader:
         if self._init_deadline is None:
             self._init_deadline = now + self._init_timeout_s
         elif now > self._init_deadline:
-            missing = sorted(set(range(self._ranks)) - self._ready)
+            missing = sorted(set(range(self._ranks)) - set(self._ready_slots))
             self.off_reason = f"ranks {missing} did not report in time"
             logger.error(
                 "KVBM: caching is off: %s. Raise DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS?", self.off_reason

@@ -108,7 +108,7 @@ class KvBlockManager:
         self._kv_caches = kv_caches  # keeps the memory behind the layout's addresses alive
         self._arena = HostArena(num_slots, block_bytes)
         engine = CpuCopyEngine(layout, self._arena) if layout else None
-        self._records = HostRecords(self._arena, engine, checksum=config.host.checksum)
+        self._records = HostRecords(self._arena, engine, checksum=config.host.checksum is not False)
         self._pool = BlockPool(num_slots, load_policy(config.host.policy))
         self._lock = threading.RLock()
         self._offloaded = self._onboarded = self._corrupt = 0

@@ -16,9 +16,11 @@ class StepOrders:
 
 @dataclass(slots=True)
 class WorkerReport:
-    """One rank to the leader. A rank is ready, or says why nothing can be cached."""
+    """One rank to the leader. A rank says how much of its memory is ready, or why nothing can be cached."""
 
     rank: int
     num_slots: int = 0
+    ready_slots: int = 0  # the first so many can be used; it grows while memory is pinned
+    loads_in_step: bool = False
     refused: str | None = None
     completions: list[Completion] = field(default_factory=list)

@@ -3,7 +3,6 @@
 `submit`, `cancel` and `poll` are called from the engine's forward thread and never wait for a copy.
 """
 
-import itertools
 import queue
 import threading
 import time
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from kvbm.logic.operations import BlockIds, Completion, Direction, Failure, Operation
+from kvbm.transfer.copy import InStepLoad
 from kvbm.transfer.records import HostRecords
 
 _NONE_FAILED = np.empty(0, np.int32)
@@ -32,7 +32,8 @@ class _Task:
 class Worker:
     """Copies between the engine's blocks and `records`, which are checked when they are loaded.
 
-    threads: how many operations run at once. clock: seconds, monotonic.
+    threads: how many operations run at once in each direction: a load, which a request waits for, never
+    queues behind offloads. clock: seconds, monotonic.
     """
 
     def __init__(
@@ -40,14 +41,20 @@ class Worker:
     ) -> None:
         self._records = records
         self._clock = clock
-        # Loads first: a request waits for them. The counter keeps the order and the tasks uncompared.
-        self._queue: queue.PriorityQueue[tuple[int, int, _Task | None]] = queue.PriorityQueue()
-        self._order = itertools.count()
+        self._queues: dict[Direction, queue.SimpleQueue[_Task | None]] = {
+            direction: queue.SimpleQueue() for direction in Direction
+        }
+        self._in_step: list[tuple[Operation, InStepLoad]] = []
         self._lock = threading.Lock()
         self._tasks: dict[int, _Task] = {}
         self._completions: list[Completion] = []
+        self._closed = False
         self._threads = [
-            threading.Thread(target=self._run, name=f"kvbm-copy-{i}", daemon=True) for i in range(threads)
+            threading.Thread(
+                target=self._run, args=(tasks,), name=f"kvbm-{direction.name.lower()}-{i}", daemon=True
+            )
+            for direction, tasks in self._queues.items()
+            for i in range(threads)
         ]
         for thread in self._threads:
             thread.start()
@@ -63,7 +70,34 @@ class Worker:
             task = _Task(operation, after, now + operation.timeout_s)
             with self._lock:
                 self._tasks[operation.id] = task
-            self._queue.put((-operation.direction, next(self._order), task))
+            self._queues[operation.direction].put(task)
+
+    def start_in_step(self, operations: Iterable[Operation]) -> list[InStepLoad]:
+        """Start loads that the forward pass about to be launched is ordered behind.
+
+        May raise when the device does, or when a record is missing: then the operation counts as failed.
+        """
+        loads = []
+        for operation in operations:
+            try:
+                if (operation.host_slots < 0).any():
+                    raise LookupError("a block of a load inside a step is not in the host tier")
+                load = self._records.start_in_step(operation.device_blocks, operation.host_slots)
+            except Exception:
+                with self._lock:
+                    self._completions.append(Completion(operation.id, operation.positions, Failure.ERROR))
+                raise
+            self._in_step.append((operation, load))
+            loads.append(load)
+        return loads
+
+    @property
+    def loads_in_step(self) -> bool:
+        return self._records.loads_in_step
+
+    @property
+    def ready_slots(self) -> int:
+        return self._records.ready_slots
 
     def cancel(self, operation_ids: Iterable[int]) -> None:
         """The device blocks of these are about to be overwritten: what isn't copied by now has failed."""
@@ -81,27 +115,39 @@ class Worker:
                 if task.deadline <= now and not task.timed_out:
                     self._time_out(task)
             completions, self._completions = self._completions, []
+        if self._in_step:
+            over = [load.is_over for _, load in self._in_step]
+            completions += [
+                Completion(operation.id, _NONE_FAILED)
+                for (operation, _), done in zip(self._in_step, over, strict=True)
+                if done
+            ]
+            self._in_step = [each for each, done in zip(self._in_step, over, strict=True) if not done]
         return completions
 
     @property
     def idle(self) -> bool:
         """Whether nothing is queued, running or waiting to be polled."""
         with self._lock:
-            return not self._tasks and not self._completions
+            return not self._tasks and not self._completions and not self._in_step
 
     def close(self) -> None:
         """Stop the threads; what is still queued is not executed."""
-        for _ in self._threads:
-            self._queue.put((-len(Direction), next(self._order), None))
+        self._closed = True
+        for tasks in self._queues.values():
+            for _ in self._threads:
+                tasks.put(None)
         for thread in self._threads:
             thread.join(timeout=1.0)
+        if not any(thread.is_alive() for thread in self._threads):
+            self._records.close()
 
     # ---- the copy threads ----
 
-    def _run(self) -> None:
+    def _run(self, tasks: "queue.SimpleQueue[_Task | None]") -> None:
         while True:
-            _, _, task = self._queue.get()
-            if task is None:
+            task = tasks.get()
+            if task is None or self._closed:
                 return
             with self._lock:
                 if task.reason:

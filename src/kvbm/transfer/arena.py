@@ -5,6 +5,7 @@ same bytes, nothing appears in a file system, and nothing is left behind when th
 """
 
 import contextlib
+import ctypes
 import mmap
 import os
 from pathlib import Path
@@ -13,6 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm.errors import CapacityError
+
+_libc = ctypes.CDLL(None)
+_MADV_POPULATE_WRITE = 23
 
 RECORD_ALIGNMENT = 4096  # a record is one O_DIRECT-capable I/O on the tiers below
 
@@ -23,23 +27,18 @@ def slot_bytes(record_bytes: int) -> int:
 
 
 class HostArena:
-    """`num_slots` records of `record_bytes` each; pages are taken from the system when first written."""
+    """`num_slots` records of `record_bytes` each; pages are taken from the system when first written.
+
+    In reserved huge pages where enough are free, else in transparent ones where the system gives them.
+    """
 
     def __init__(self, num_slots: int, record_bytes: int) -> None:
         self.num_slots = num_slots
         self.record_bytes = record_bytes
         self.slot_bytes = slot_bytes(record_bytes)
         size = num_slots * self.slot_bytes
-        self.fd = os.memfd_create("kvbm-host-arena", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(self.fd, size)
-            self._mapping = mmap.mmap(self.fd, size)
-        except (OSError, ValueError, OverflowError) as error:
-            os.close(self.fd)
-            raise CapacityError(
-                f"The host tier of {size / 1e9:.2f} GB can't be mapped: {error}. Lower DYN_KVBM_CPU_CACHE_GB."
-            ) from error
-        self.slots: NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8).reshape(
+        self.fd, self._mapping = _map_huge_pages(size) or _map(size)
+        self.slots: NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8, size).reshape(
             num_slots, self.slot_bytes
         )
 
@@ -47,12 +46,64 @@ class HostArena:
         """View of all records, shape (num_slots, record_bytes)."""
         return self.slots[:, : self.record_bytes]
 
+    @property
+    def address(self) -> int:
+        """Of the first record."""
+        return self.slots.ctypes.data
+
+    def touch(self, first: int, last: int) -> None:
+        """Take the memory of slots first .. last-1, still unused, from the system. Without the GIL."""
+        start = self.address + first * self.slot_bytes
+        size = (last - first) * self.slot_bytes
+        page = mmap.PAGESIZE
+        aligned = start // page * page
+        status = _libc.madvise(
+            ctypes.c_void_p(aligned), ctypes.c_size_t(start + size - aligned), _MADV_POPULATE_WRITE
+        )
+        if status:  # Linux before 5.14 does not know it
+            self.slots[first:last, ::page] = 0
+
     def close(self) -> None:
         """Give the memory back once no view of it is left."""
         del self.slots
         with contextlib.suppress(BufferError):  # a caller still holds a view: the mapping goes with it
             self._mapping.close()
         os.close(self.fd)
+
+
+def _map(size: int, flags: int = 0) -> tuple[int, mmap.mmap]:
+    fd = os.memfd_create("kvbm-host-arena", os.MFD_CLOEXEC | flags)
+    try:
+        os.ftruncate(fd, size)
+        mapping = mmap.mmap(fd, size)
+    except (OSError, ValueError, OverflowError) as error:
+        os.close(fd)
+        raise CapacityError(
+            f"The host tier of {size / 1e9:.2f} GB can't be mapped: {error}. Lower DYN_KVBM_CPU_CACHE_GB."
+        ) from error
+    with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return fd, mapping
+
+
+def _map_huge_pages(size: int) -> tuple[int, mmap.mmap] | None:
+    page, free = _reserved_huge_pages(Path("/"))
+    pages = -(-size // page) if page else 0
+    if not pages or pages > free:
+        return None
+    try:
+        return _map(pages * page, os.MFD_HUGETLB)
+    except (CapacityError, OSError):  # somebody else took them meanwhile, or they are of another size
+        return None
+
+
+def _reserved_huge_pages(root: Path) -> tuple[int, int]:
+    """Bytes of a huge page, and how many are reserved and free."""
+    try:
+        lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+        return int(lines["Hugepagesize"].split()[0]) * 1024, int(lines["HugePages_Free"])
+    except (OSError, ValueError, KeyError, IndexError):
+        return 0, 0
 
 
 def ensure_fits(total_bytes: int, root: Path = Path("/")) -> None:

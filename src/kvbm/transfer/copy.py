@@ -11,12 +11,49 @@ from kvbm.transfer.arena import HostArena
 from kvbm.transfer.layout import KvLayout, Run
 
 
+class InStepLoad(ABC):
+    """A load that the forward pass of the same step is ordered behind, on the device, layer by layer.
+
+    All calls from the engine's forward thread; none waits.
+    """
+
+    @abstractmethod
+    def before_layer(self, name: str) -> None:
+        """What is given to the device from now on comes after this layer's bytes have arrived."""
+
+    @abstractmethod
+    def before_all(self) -> None:
+        """The same for all layers."""
+
+    @property
+    @abstractmethod
+    def is_over(self) -> bool: ...
+
+
 class CopyEngine(ABC):
     """Copies block `device_blocks[i]` to or from the record in slot `host_slots[i]`.
 
     Shapes (n,), any integer dtype. `offload` and `onboard` return when the bytes have arrived and may raise
     when they did not. They are called from threads of ours, several at once, with disjoint slots and blocks.
     """
+
+    loads_in_step = False
+    """Whether it has `start_in_step`."""
+
+    @property
+    def ready_slots(self) -> int | None:
+        """Slots below this number can be used already; None: all. It only grows."""
+        return None
+
+    def start_in_step(
+        self, device_blocks: NDArray[np.integer], host_slots: NDArray[np.integer]
+    ) -> InStepLoad:
+        """Start a load from the engine's forward thread, behind what that has given the device to do."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Stop what runs in the background; no copy is under way."""
+        return None
 
     def fence(self) -> object:
         """Called by the engine's forward thread: marks what it has given the device to do so far.

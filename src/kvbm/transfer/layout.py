@@ -6,8 +6,8 @@ opaque: engines order heads, tokens, K and V as their kernels like (CPU attentio
 instruction set), so records are exchanged only between equal layouts.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -61,6 +61,8 @@ class KvLayout:
     num_blocks: int
     record_bytes: int
     runs: tuple[Run, ...]
+    # Of each tensor by name: its first piece, and the one after its last.
+    layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def recognise(tensors: Iterable[TensorView], num_blocks: int, record_bytes: int) -> KvLayout:
@@ -70,23 +72,26 @@ def recognise(tensors: Iterable[TensorView], num_blocks: int, record_bytes: int)
     Tensors that are the same memory (layers that share their KV) count once.
     """
     pieces: list[tuple[int, int, int]] = []  # address, block stride, bytes
-    seen: set[tuple[int, tuple[int, ...]]] = set()
+    seen: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
+    layers: dict[str, tuple[int, int]] = {}
     for tensor in tensors:
-        if (tensor.address, tensor.shape) in seen:
-            continue
-        seen.add((tensor.address, tensor.shape))
-        pieces.extend(_pieces(tensor, num_blocks))
+        memory = (tensor.address, tensor.shape)
+        if memory not in seen:
+            first = len(pieces)
+            pieces.extend(_pieces(tensor, num_blocks))
+            seen[memory] = (first, len(pieces))
+        layers[tensor.name] = seen[memory]
     found = sum(size for _, _, size in pieces)
     if found != record_bytes:
         raise LayoutError(
             f"The engine's KV tensors hold {found} bytes a block, but it announced {record_bytes}: this "
             f"layout is not known and is not cached. Please report it with the engine's version and model."
         )
-    return KvLayout(num_blocks, record_bytes, tuple(_merge(pieces)))
+    return KvLayout(num_blocks, record_bytes, tuple(_merge(pieces)), layers)
 
 
 def _pieces(tensor: TensorView, num_blocks: int) -> list[tuple[int, int, int]]:
-    block_dim = _block_dim(tensor, num_blocks)
+    block_dim = block_dimension(tensor.shape, num_blocks, tensor.name)
     # Kernels may work on a fraction of a block: the dimension then counts several to each block.
     parts = tensor.shape[block_dim] // num_blocks
     part_stride = tensor.strides[block_dim]
@@ -120,19 +125,15 @@ def _pieces(tensor: TensorView, num_blocks: int) -> list[tuple[int, int, int]]:
     ]
 
 
-def _block_dim(tensor: TensorView, num_blocks: int) -> int:
+def block_dimension(shape: tuple[int, ...], num_blocks: int, name: str) -> int:
+    """The dimension of a tensor that counts blocks, or equal parts of them."""
     # Engines put blocks first, or second behind a K and V dimension of 2.
-    if tensor.shape and tensor.shape[0] and tensor.shape[0] % num_blocks == 0:
+    if shape and shape[0] and shape[0] % num_blocks == 0:
         return 0
-    if (
-        len(tensor.shape) > 1
-        and tensor.shape[0] == 2
-        and tensor.shape[1]
-        and tensor.shape[1] % num_blocks == 0
-    ):
+    if len(shape) > 1 and shape[0] == 2 and shape[1] and shape[1] % num_blocks == 0:
         return 1
     raise LayoutError(
-        f"KV tensor {tensor.name} of shape {tensor.shape} has no dimension of {num_blocks} blocks, or parts "
+        f"KV tensor {name} of shape {shape} has no dimension of {num_blocks} blocks, or parts "
         f"of them, where KVBM expects it: this layout is not known and is not cached."
     )
 

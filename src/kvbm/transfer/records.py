@@ -9,7 +9,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from kvbm.transfer.arena import HostArena
-from kvbm.transfer.copy import CopyEngine
+from kvbm.transfer.copy import CopyEngine, InStepLoad
 
 
 class HostRecords:
@@ -19,6 +19,27 @@ class HostRecords:
         self.arena = arena
         self._engine = engine
         self._checksums = np.zeros(arena.num_slots, np.uint64) if checksum else None
+
+    @property
+    def ready_slots(self) -> int:
+        """Slots that can be used already: the first so many."""
+        ready = self._engine.ready_slots if self._engine is not None else None
+        return self.arena.num_slots if ready is None else ready
+
+    @property
+    def loads_in_step(self) -> bool:
+        """Whether `start_in_step` may be called. Not with checksums: nothing could be taken back any more."""
+        return self._engine is not None and self._engine.loads_in_step and self._checksums is None
+
+    def start_in_step(self, device_blocks: NDArray[np.integer], slots: NDArray[np.integer]) -> InStepLoad:
+        """See `CopyEngine.start_in_step`."""
+        if self._engine is None:
+            raise NotImplementedError
+        return self._engine.start_in_step(device_blocks, slots)
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
 
     def fence(self) -> object:
         """See `CopyEngine.fence`."""

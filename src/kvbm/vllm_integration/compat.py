@@ -1,5 +1,6 @@
 """All that differs between the vLLM versions we run on (0.26 to 0.33)."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -28,6 +29,37 @@ def transfer_results(finished_recving: set[str], failed_recving: set[str]) -> An
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
     return KVConnectorTransferResults(finished_recving=finished_recving, failed_recving=failed_recving)
+
+
+def wanted_layout(version: str) -> str | None:
+    """Blocks outermost, then layers: a block is one stretch of memory. vLLM drops the wish if it can't.
+
+    Before 0.29 the names meant other things, and a block's layers are put together by another wish. On CPUs
+    there is only one layout.
+    """
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if not found or (int(found[1]), int(found[2])) < (0, 29) or os.environ.get("VLLM_KV_CACHE_LAYOUT"):
+        return None
+    from vllm.platforms import current_platform
+
+    return "BLHNC" if current_platform.is_cuda() else None
+
+
+def layers_of(kv_cache: Any, attn_backend: Any, kv_cache_config: Any) -> dict[str, Any]:
+    """vLLM 0.26 to 0.28: the layers' views of a tensor that holds them all."""
+    order = attn_backend.get_kv_cache_stride_order(include_num_layers_dimension=True)
+    layer_dim = order.index(0)
+    return {
+        name: kv_cache.select(layer_dim, i)
+        for i, tensor in enumerate(kv_cache_config.kv_cache_tensors)
+        for name in tensor.shared_by
+    }
+
+
+def calls_layer_hooks(forward_context: Any) -> bool:
+    """Whether the forward pass will call the connector at each layer: not when it is one CUDA graph."""
+    mode = getattr(forward_context, "cudagraph_runtime_mode", None)
+    return bool(getattr(forward_context, "attn_metadata", None)) and getattr(mode, "name", "NONE") != "FULL"
 
 
 def hold_blocks(block_pool: Any, block_ids: Iterable[int]) -> None:

@@ -108,8 +108,9 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
 
     @_never_raises(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        tokens = self.scheduler_side.match(request, num_computed_tokens) if self.scheduler_side else 0
-        return tokens, tokens > 0
+        if self.scheduler_side is None:
+            return 0, False
+        return self.scheduler_side.match(request, num_computed_tokens)
 
     @_never_raises(lambda: None)
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -155,6 +156,20 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
         if self.worker_side is not None:
             self.worker_side.register(kv_caches)
 
+    @property
+    def prefer_cross_layer_blocks(self) -> bool:
+        """True: vLLM 0.26 to 0.28 puts a block's layers together where the attention backend can."""
+        return True
+
+    def register_cross_layers_kv_cache(self, kv_cache: Any, attn_backend: Any) -> None:
+        if self.worker_side is not None:
+            layers = compat.layers_of(kv_cache, attn_backend, self._kv_cache_config)
+            self.worker_side.register(layers)
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
+        return compat.wanted_layout(vllm.__version__)
+
     @_never_raises(lambda: None)
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self.worker_side is not None and isinstance(kv_connector_metadata, KvbmMetadata):
@@ -163,10 +178,13 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
     @_never_raises(lambda: None)
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self.worker_side is not None:
-            self.worker_side.start_loads()
+            self.worker_side.start_loads(by_layer=compat.calls_layer_hooks(forward_context))
 
+    @_never_raises(lambda: None)
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: a request is not scheduled before its load is over."""
+        """Order this layer behind its part of a load inside the step; nobody waits here."""
+        if self.worker_side is not None:
+            self.worker_side.before_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing per layer: blocks are offloaded whole, after the forward pass."""

@@ -28,8 +28,9 @@ class SchedulerSide:
         self._requests: dict[str, Any] = {}
         self._extra_keys: dict[str, Mapping[int, bytes]] = {}  # of multimodal items, by block
         self._refused: set[str] = set()
-        self._offered: dict[str, int] = {}  # first block of the load last offered to vLLM
-        self._loading: set[str] = set()
+        self._offered: dict[str, tuple[int, bool]] = {}  # last offer to vLLM: first block, inside the step?
+        self._loading: set[str] = set()  # waiting for their load
+        self._running: set[str] = set()  # in the last step, or in the one that is being made
         self._block_pool: Any = None
         self._held: Counter[int] = Counter()  # device blocks that offloads of finished requests read
 
@@ -39,17 +40,26 @@ class SchedulerSide:
 
     # ---- a request arrives ----
 
-    def match(self, request: Any, num_computed_tokens: int) -> int:
-        """Tokens beyond `num_computed_tokens` that can be loaded. Asked again in every step until it fits."""
+    def match(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        """Tokens beyond `num_computed_tokens` that can be loaded, and whether the request must wait for them.
+
+        Asked again in every step until it fits.
+        """
         leader = self.leader
         if leader is None or not self._follow(request) or num_computed_tokens % self._block_size:
-            return 0
+            return 0, False
         self._hash(request)
         first = num_computed_tokens // self._block_size
         if request.skip_reading_prefix_cache:
-            return 0
-        self._offered[request.request_id] = first
-        return leader.match(request.request_id, first) * self._block_size
+            return 0, False
+        blocks = leader.match(request.request_id, first)
+        # An engine that has nothing else to do may as well start on the request while it is loaded. All
+        # others would stand still meanwhile, so then the request waits and they go on.
+        in_step = leader.loads_in_step and not self._running and not self._loading
+        if in_step and (first + blocks) * self._block_size >= request.num_tokens:
+            blocks -= 1  # the step has to compute at least one token
+        self._offered[request.request_id] = (first, in_step)
+        return max(0, blocks) * self._block_size, blocks > 0 and not in_step
 
     def allocated(self, request: Any, device_blocks: Sequence[int], num_external_tokens: int) -> None:
         """vLLM gave the request `device_blocks`, all it has; num_external_tokens are ours to load."""
@@ -57,8 +67,10 @@ class SchedulerSide:
         if leader is None or id_ not in self._requests:
             return
         if num_external_tokens:
-            self._loading.add(id_)
-            leader.load(id_, self._offered[id_], num_external_tokens // self._block_size, device_blocks)
+            first, in_step = self._offered[id_]
+            (self._running if in_step else self._loading).add(id_)
+            count = num_external_tokens // self._block_size
+            leader.load(id_, first, count, device_blocks, in_step=in_step)
         else:
             leader.set_table(id_, device_blocks)
 
@@ -107,6 +119,7 @@ class SchedulerSide:
                 changed.append(id_)
                 if id_ not in cached.resumed_req_ids:  # their table came with `allocated`
                     leader.extend_table(id_, new_blocks[0])
+        self._running = set(scheduler_output.num_scheduled_tokens)
         if changed:
             leader.store(self._computed(changed, scheduler_output.num_scheduled_tokens))
         orders = leader.take_orders()
@@ -138,6 +151,7 @@ class SchedulerSide:
         """The request has ended and vLLM is about to free its blocks; we keep those that copies read."""
         id_ = request.request_id
         self._refused.discard(id_)
+        self._running.discard(id_)
         if self.leader is None or self._requests.get(id_) is None:
             return
         tokens = min(request.num_tokens, request.num_computed_tokens)

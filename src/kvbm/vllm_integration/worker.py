@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,10 @@ from kvbm.logic.operations import Completion, Direction, Failure, Operation
 from kvbm.runtime.messages import StepOrders, WorkerReport
 from kvbm.runtime.worker import Worker
 from kvbm.transfer.arena import HostArena, ensure_fits
-from kvbm.transfer.copy import CopyEngine, CpuCopyEngine
-from kvbm.transfer.cuda import CudaCopyEngine
+from kvbm.transfer.calibration import Method
+from kvbm.transfer.copy import CopyEngine, CpuCopyEngine, InStepLoad
 from kvbm.transfer.layout import KvLayout, recognise, tensor_view
+from kvbm.transfer.proof import prove
 from kvbm.transfer.records import HostRecords
 from kvbm.vllm_integration.identity import Geometry, geometry
 from kvbm.vllm_integration.scheduler import slots_of
@@ -44,9 +45,11 @@ class WorkerSide:
         self._shape = geometry(vllm_config, kv_cache_config) if config.enabled else "KVBM is not configured"
         self._worker: Worker | None = None
         self._refused: str | None = None
-        self._announced = False
+        self._announced_slots = -1
         self._orders = StepOrders()
-        self._loads: dict[int, Operation] = {}
+        self._loads: dict[int, Operation] = {}  # of requests that wait for them
+        self._in_step: list[InStepLoad] = []  # that the forward pass under way reads
+        self._lost_in_step: set[int] = set()  # device blocks
         self._completions: list[Completion] = []
         self._lost: list[Completion] = []
         self._num_slots = 0
@@ -77,19 +80,51 @@ class WorkerSide:
         if not orders.computes:
             self.start_offloads()  # vLLM before 0.31 does not call wait_for_save then
 
-    def start_loads(self) -> None:
+    def start_loads(self, *, by_layer: bool = False) -> None:
+        """by_layer: the forward pass that follows calls `before_layer`."""
+        if not self._orders.operations:
+            return
+        in_step = self._take(lambda operation: operation.in_step)
+        if in_step:
+            self._start_in_step(in_step, by_layer)
         self._submit(Direction.ONBOARD)
+
+    def before_layer(self, name: str) -> None:
+        for load in self._in_step:
+            load.before_layer(name)
 
     def start_offloads(self) -> None:
         """After the forward pass that computes the blocks."""
-        self._submit(Direction.OFFLOAD)
+        if self._in_step:  # whatever comes next may write to the blocks
+            for load in self._in_step:
+                load.before_all()
+            self._in_step = []
+        if self._orders.operations:
+            self._submit(Direction.OFFLOAD)
+
+    def _take(self, wanted: Callable[[Operation], bool]) -> list[Operation]:
+        operations = self._orders.operations
+        taken = [operation for operation in operations if wanted(operation)]
+        self._orders.operations = [operation for operation in operations if not wanted(operation)]
+        return taken
+
+    def _start_in_step(self, operations: list[Operation], by_layer: bool) -> None:
+        if self._worker is None:
+            return
+        try:
+            self._in_step = self._worker.start_in_step(operations)
+        except Exception:
+            logger.exception("KVBM: a load inside a step could not be started")
+            for operation in operations:
+                self._lost_in_step.update(operation.device_blocks.tolist())
+        if not by_layer:
+            for load in self._in_step:
+                load.before_all()
 
     def _submit(self, direction: Direction) -> None:
-        operations = self._orders.operations
-        chosen = [operation for operation in operations if operation.direction == direction]
+        chosen = self._take(lambda operation: operation.direction == direction)
         if not chosen:
             return
-        self._orders.operations = [operation for operation in operations if operation.direction != direction]
         if direction == Direction.ONBOARD:
             self._loads.update((operation.id, operation) for operation in chosen)
         if self._worker is None:
@@ -108,6 +143,7 @@ class WorkerSide:
         snapshot = Snapshot()
         if self._worker is None:
             return snapshot
+        snapshot.failed_blocks, self._lost_in_step = self._lost_in_step, set()
         completions, self._lost = self._lost + self._worker.poll(), []
         for completion in completions:
             self._completions.append(completion)
@@ -124,23 +160,35 @@ class WorkerSide:
 
     def report(self) -> WorkerReport | None:
         """Completions for the leader, once the `snapshot` of this step was taken."""
-        if self._announced and not self._completions:
+        ready = self._worker.ready_slots if self._worker is not None else 0
+        if ready == self._announced_slots and not self._completions:
             return None
-        self._announced = True
+        self._announced_slots = ready
         completions, self._completions = self._completions, []
-        return WorkerReport(self._rank, self._num_slots, self._refused, completions)
+        return WorkerReport(
+            self._rank,
+            self._num_slots,
+            ready,
+            loads_in_step=self._worker is not None and self._worker.loads_in_step,
+            refused=self._refused,
+            completions=completions,
+        )
 
     def close(self) -> None:
         if self._worker is not None:
             self._worker.close()
 
 
-def make_copy_engine(layout: KvLayout, arena: HostArena, device: torch.device) -> CopyEngine:
+def make_copy_engine(
+    layout: KvLayout, arena: HostArena, device: torch.device, method: Method | None = None
+) -> CopyEngine:
     """The engine for KV tensors on `device`."""
     if device.type == "cpu":
         return CpuCopyEngine(layout, arena)
     if device.type == "cuda":
-        return CudaCopyEngine(layout, arena, device)
+        from kvbm.transfer.cuda.engine import CudaCopyEngine
+
+        return CudaCopyEngine(layout, arena, device, method=method)
     raise LayoutError(f"The KV cache lies on {device}: KVBM copies from CPU and CUDA devices only.")
 
 
@@ -151,9 +199,13 @@ def _make_worker(kv_caches: Mapping[str, Any], shape: Geometry, slots: int, conf
         shape.record_bytes,
     )
     arena = HostArena(slots, layout.record_bytes)
-    engine = make_copy_engine(layout, arena, next(iter(kv_caches.values())).device)
+    device = next(iter(kv_caches.values())).device
+    wanted = config.transfer.copy_method
+    engine = make_copy_engine(layout, arena, device, None if wanted == "auto" else Method(wanted))
+    prove(kv_caches, layout, engine, arena)
+    checksum = config.host.checksum
     return Worker(
-        HostRecords(arena, engine, checksum=config.host.checksum),
+        HostRecords(arena, engine, checksum=device.type == "cpu" if checksum is None else checksum),
         # More threads than half the cores would take them from the model.
         threads=max(1, min(config.transfer.max_concurrent, (os.cpu_count() or 2) // 2)),
     )

@@ -1,0 +1,104 @@
+"""Descriptors of a layout's pieces, built in numpy: what to copy where, for any blocks and records."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbm.transfer.layout import KvLayout
+
+Addresses = NDArray[np.int64]
+
+
+class PieceTable:
+    """All pieces of a block in the order of the record.
+
+    address, block_stride, size, offset: int64 arrays of shape (pieces,), in bytes. Piece p of block b lies
+    at address[p] + b * block_stride[p], and at offset[p] of the record.
+    """
+
+    def __init__(self, layout: KvLayout) -> None:
+        runs = layout.runs
+        counts = [run.pieces for run in runs]
+        position = np.concatenate([np.arange(count) for count in counts])
+
+        def each(name: str) -> Addresses:
+            return np.repeat(np.array([getattr(run, name) for run in runs], np.int64), counts)
+
+        self.size = each("piece_bytes")
+        self.address = each("address") + position * each("piece_stride")
+        self.block_stride = each("block_stride")
+        self.offset = each("record_offset") + position * self.size
+
+    def __len__(self) -> int:
+        return len(self.size)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether each block is one stretch of memory on the device too."""
+        return len(self.joined(0, len(self))[0]) == 1
+
+    def aligned(self, alignment: int) -> bool:
+        """Whether every piece starts and ends at a multiple of `alignment`, on the device and in records."""
+        return not any(
+            (array % alignment).any() for array in (self.address, self.block_stride, self.size, self.offset)
+        )
+
+    def joined(self, first: int, last: int) -> tuple[Addresses, Addresses, Addresses, Addresses]:
+        """Pieces first .. last-1 as (address, block_stride, size, offset), neighbours made one."""
+        address, stride, size, offset = (
+            array[first:last] for array in (self.address, self.block_stride, self.size, self.offset)
+        )
+        apart = (address[1:] != address[:-1] + size[:-1]) | (stride[1:] != stride[:-1])
+        starts = np.concatenate(([0], np.flatnonzero(apart) + 1))
+        return address[starts], stride[starts], np.add.reduceat(size, starts), offset[starts]
+
+
+def block_copies(
+    table: PieceTable,
+    piece_range: tuple[int, int],
+    blocks: NDArray[np.integer],
+    slots: NDArray[np.integer],
+    *,
+    records: int,
+    slot_bytes: int,
+    chunk_slots: int,
+) -> tuple[Addresses, Addresses, Addresses]:
+    """The fewest copies, as (device address, record address, bytes), shape (n,) each.
+
+    records: address of the first record. Slots in different chunks of `chunk_slots` are not joined.
+    """
+    address, stride, size, offset = table.joined(*piece_range)
+    slots = slots.astype(np.int64)
+    device = (address[:, None] + blocks.astype(np.int64) * stride[:, None]).ravel()
+    host = (records + offset[:, None] + slots * slot_bytes).ravel()
+    if len(size) > 1:
+        return device, host, np.repeat(size, len(slots))
+    return _join(device, host, int(size[0]), slots, chunk_slots)
+
+
+def record_copies(
+    slots: NDArray[np.integer],
+    *,
+    staging: int,
+    records: int,
+    record_bytes: int,
+    slot_bytes: int,
+    chunk_slots: int,
+) -> tuple[Addresses, Addresses, Addresses]:
+    """The fewest copies between whole records in slots and a dense row of records at `staging`.
+
+    As (staging address, record address, bytes).
+    """
+    slots = slots.astype(np.int64)
+    staged = staging + np.arange(len(slots), dtype=np.int64) * slot_bytes
+    copies = _join(staged, records + slots * slot_bytes, slot_bytes, slots, chunk_slots)
+    copies[2][:] -= slot_bytes - record_bytes  # the padding of the last
+    return copies
+
+
+def _join(
+    device: Addresses, host: Addresses, size: int, slots: Addresses, chunk_slots: int
+) -> tuple[Addresses, Addresses, Addresses]:
+    together = (device[1:] == device[:-1] + size) & (host[1:] == host[:-1] + size)
+    starts = np.concatenate(([0], np.flatnonzero(~(together & (slots[1:] % chunk_slots != 0))) + 1))
+    ends = np.append(starts[1:], len(slots))
+    return device[starts], host[starts], (ends - starts) * size
