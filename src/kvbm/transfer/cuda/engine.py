@@ -9,6 +9,7 @@ PCIe 5); staged reaches 97 % with every layout, at the price of a little device 
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,10 +31,10 @@ try:
 except ImportError:  # torch without Triton: DMA alone
     kernel = None
 
-_STAGING_BYTES = 64 << 20  # of device memory, twice for each direction
+_STAGING_SHARE = 1024  # a thousandth of the device's memory is one half, of two for each direction
 _MAX_BLOCKS = 4096  # in one launch of a kernel
 _IN_STEP_GROUPS = 8  # of layers: a load inside a step signals each when it has arrived
-_CALIBRATED_COUNTS = (1, 8, 32)
+_CALIBRATED_COUNTS = (1, 8, 32, 256)
 
 Indices = NDArray[np.integer]
 
@@ -48,6 +49,7 @@ class CudaCopyEngine(CopyEngine):
         self._arena = arena
         self._chunk_slots = slots_per_chunk(arena.slot_bytes)
         self._pieces = PieceTable(layout)
+        self._num_blocks = layout.num_blocks
         with torch.cuda.device(device):
             torch.cuda.current_stream().query()  # makes the context current
             self._context = driver.current_context()
@@ -132,45 +134,48 @@ class CudaCopyEngine(CopyEngine):
         assert kernel is not None
         _wait(lane.kernels, after)
         programs = kernel.PROGRAMS_TO_HOST if offload else kernel.PROGRAMS_FROM_HOST
-        for part in _parts(len(slots), _MAX_BLOCKS):
-            index = lane.index
-            driver.upload(index.data_ptr(), _index(blocks[part], slots[part]), lane.kernels.cuda_stream)
-            with torch.cuda.stream(lane.kernels):
-                self._launch(index, len(slots[part]), self._arena.address, gather=offload, programs=programs)
+        with torch.cuda.stream(lane.kernels):
+            for part in _parts(len(slots), _MAX_BLOCKS):
+                index = lane.upload(blocks[part], slots[part])
+                self._launch(index, self._arena.address, gather=offload, programs=programs)
 
     def _staged(self, offload: bool, lane: "_Lane", blocks: Indices, slots: Indices, after: object) -> None:
         assert kernel is not None
         _wait(lane.kernels, after)  # the bus may run ahead with loads: only what writes blocks has to wait
-        for part in _parts(len(slots), lane.staged_blocks):
-            index = lane.index
-            half = lane.next_half()
-            staging, host, sizes = record_copies(
-                slots[part],
-                staging=half.memory.data_ptr(),
-                records=self._arena.address,
-                record_bytes=self._arena.record_bytes,
-                slot_bytes=self._arena.slot_bytes,
-                chunk_slots=self._chunk_slots,
-            )
-            rows = np.arange(len(slots[part]))
-            first, second = (lane.kernels, lane.dma) if offload else (lane.dma, lane.kernels)
-            first.wait_event(half.free)
-            if not offload:
-                _copy_batch(False, staging, host, sizes, lane.dma)
-                second.wait_event(half.full(first))
-            driver.upload(index.data_ptr(), _index(blocks[part], rows), lane.kernels.cuda_stream)
-            with torch.cuda.stream(lane.kernels):
-                self._launch(
-                    index,
-                    len(rows),
-                    half.memory.data_ptr(),
-                    gather=offload,
-                    programs=kernel.PROGRAMS_ON_DEVICE,
-                )
-            if offload:
-                second.wait_event(half.full(first))
-                _copy_batch(True, staging, host, sizes, lane.dma)
-            half.free.record(second)
+        with torch.cuda.stream(lane.kernels):
+            for chunk in _parts(len(slots), _MAX_BLOCKS):
+                rows = np.arange(len(slots[chunk])) % lane.staged_blocks
+                index = lane.upload(blocks[chunk], rows)
+                for part in _parts(len(rows), lane.staged_blocks):
+                    self._stage(offload, lane, index.part(part), slots[chunk][part])
+
+    def _stage(self, offload: bool, lane: "_Lane", index: "_Index", slots: Indices) -> None:
+        """What fits into half the staging memory, while the other half is on the bus."""
+        assert kernel is not None
+        half, programs = lane.next_half(), kernel.PROGRAMS_ON_DEVICE
+        staging, host, sizes = record_copies(
+            slots,
+            staging=half.memory.data_ptr(),
+            records=self._arena.address,
+            record_bytes=self._arena.record_bytes,
+            slot_bytes=self._arena.slot_bytes,
+            chunk_slots=self._chunk_slots,
+        )
+
+        def pack() -> None:
+            self._launch(index, half.memory.data_ptr(), gather=offload, programs=programs)
+
+        def move() -> None:
+            _copy_batch(offload, staging, host, sizes, lane.dma)
+
+        stages = ((lane.kernels, pack), (lane.dma, move))
+        (first, begin), (second, finish) = stages if offload else stages[::-1]
+        first.wait_event(half.free)
+        begin()
+        half.full.record(first)
+        second.wait_event(half.full)
+        finish()
+        half.free.record(second)
 
     # ---- from the engine's forward thread: no lock, nothing that waits ----
 
@@ -180,13 +185,12 @@ class CudaCopyEngine(CopyEngine):
         stream.wait_stream(torch.cuda.current_stream(self._device))
         events = []
         with torch.cuda.stream(stream):
-            index = torch.empty(2 * len(host_slots), dtype=torch.int32, device=self._device)
-            driver.upload(index.data_ptr(), _index(device_blocks, host_slots), stream.cuda_stream)
+            memory = torch.empty(2 * len(host_slots), dtype=torch.int32, device=self._device)
+            index = _upload(memory, device_blocks, host_slots, stream)
             for group in self._groups.ranges:
                 if kernel is not None and self._can_launch:
                     self._launch(
                         index,
-                        len(host_slots),
                         self._arena.address,
                         group,
                         gather=False,
@@ -212,8 +216,7 @@ class CudaCopyEngine(CopyEngine):
 
     def _launch(
         self,
-        index: torch.Tensor,
-        count: int,
+        index: "_Index",
         records: int,
         pieces: tuple[int, int] | None = None,
         *,
@@ -221,13 +224,14 @@ class CudaCopyEngine(CopyEngine):
         programs: int,
     ) -> None:
         assert kernel is not None
-        everything = (0, len(self._pieces))
         kernel.launch(
-            index,
-            count,
+            index.memory,
+            index.start,
+            index.row,
+            index.count,
             self._table,
             len(self._pieces),
-            pieces or everything,
+            pieces or (0, len(self._pieces)),
             self._words,
             records,
             self._arena.slot_bytes,
@@ -260,23 +264,19 @@ class CudaCopyEngine(CopyEngine):
         file = CalibrationFile()
         table = file.load(key)
         if table is None:
-            table = measure(
-                self._calibration_copy, methods, self._calibration_counts(), clock=time.perf_counter
-            )
+            # The records that are loaded must hold something of the engine's.
+            self._calibration_copy("offload", Method.DMA, self.ready_slots)
+            table = measure(self._calibration_copy, methods, _CALIBRATED_COUNTS, clock=time.perf_counter)
             if table is None:
                 return always(Method.STAGED)
             file.save(key, table)
         return table
 
-    def _calibration_counts(self) -> list[int]:
-        return [count for count in _CALIBRATED_COUNTS if count <= self.ready_slots]
-
     def _calibration_copy(self, direction: str, method: Method, count: int) -> None:
-        """Blocks 1 .. count to the first slots and back: what is on the device stays as it is."""
+        """The engine has computed nothing yet: which of its blocks holds what does not matter."""
         numbers = np.arange(count)
-        self._copy("offload", method, numbers, numbers, self.fence())
-        if direction == "onboard":
-            self._copy(direction, method, numbers, numbers, None)
+        blocks, slots = numbers % self._num_blocks, numbers % self.ready_slots
+        self._copy(direction, method, blocks, slots, self.fence())
 
 
 class _Half:
@@ -284,12 +284,8 @@ class _Half:
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
-        self.free = torch.cuda.Event()  # all that read or filled it before is over
-        self._full = torch.cuda.Event()
-
-    def full(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        self._full.record(stream)
-        return self._full
+        self.free = torch.cuda.Event()  # all that used it is over
+        self.full = torch.cuda.Event()  # the first stage is over
 
 
 class _Lane:
@@ -299,13 +295,17 @@ class _Lane:
         self.lock = threading.Lock()
         self.kernels = torch.cuda.Stream(device)
         self.dma = torch.cuda.Stream(device)
-        self.staged_blocks = min(_MAX_BLOCKS, max(1, _STAGING_BYTES // slot_bytes))
-        # Stream order protects them: an upload comes behind the kernels that read the last one.
-        self.index = torch.empty(2 * _MAX_BLOCKS, dtype=torch.int32, device=device)
+        staging = torch.cuda.get_device_properties(device).total_memory // _STAGING_SHARE
+        self.staged_blocks = min(_MAX_BLOCKS, max(1, staging // slot_bytes))
+        self._index = torch.empty(2 * _MAX_BLOCKS, dtype=torch.int32, device=device)
         self._halves = [
             _Half(torch.empty(self.staged_blocks * slot_bytes, dtype=torch.uint8, device=device))
             for _ in range(2)
         ]
+
+    def upload(self, blocks: Indices, records: Indices) -> "_Index":
+        """Stream order protects the memory: this comes behind the kernels that read what was there."""
+        return _upload(self._index, blocks, records, self.kernels)
 
     def next_half(self) -> _Half:
         self._halves.reverse()
@@ -366,8 +366,22 @@ def _parts(count: int, most: int) -> Iterator[slice]:
         yield slice(start, min(start + most, count))
 
 
-def _index(blocks: Indices, records: Indices) -> NDArray[np.int32]:
-    return np.concatenate([blocks, records]).astype(np.int32)
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """Blocks and records of a copy on the device: `row` elements lie between a block and its record."""
+
+    memory: torch.Tensor
+    row: int
+    start: int
+    count: int
+
+    def part(self, part: slice) -> "_Index":
+        return _Index(self.memory, self.row, part.start, part.stop - part.start)
+
+
+def _upload(memory: torch.Tensor, blocks: Indices, records: Indices, stream: torch.cuda.Stream) -> _Index:
+    driver.upload(memory.data_ptr(), np.concatenate([blocks, records]).astype(np.int32), stream.cuda_stream)
+    return _Index(memory, len(blocks), 0, len(blocks))
 
 
 def _wait(stream: torch.cuda.Stream, after: object) -> None:

@@ -20,12 +20,17 @@ PROGRAMS_ON_DEVICE = 8
 
 
 # Not specialised: every kind of value would be compiled anew, in the middle of serving.
-_PLAIN = ("n", "num_pieces", "first_piece", "tiles", "total_tiles", "records", "record_stride")
+_PLAIN = (
+    *("start", "row", "n", "num_pieces", "first_piece", "tiles", "total_tiles"),
+    *("records", "record_stride"),
+)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
 def _copy(
-    index,  # int32 (2, n): device blocks, then record numbers
+    index,  # int32: from `start` on device blocks, and `row` elements further record numbers
+    start,
+    row,
     n,
     pieces,  # int64 (4, all pieces): address, block stride, words, offset in the record in bytes
     num_pieces,
@@ -43,8 +48,8 @@ def _copy(
         tile = item % tiles
         i = (item // tiles) % n
         piece = first_piece + item // (tiles * n)
-        block = tl.load(index + i).to(tl.int64)
-        record = tl.load(index + n + i).to(tl.int64)
+        block = tl.load(index + start + i).to(tl.int64)
+        record = tl.load(index + start + row + i).to(tl.int64)
         address = tl.load(pieces + piece) + block * tl.load(pieces + num_pieces + piece)
         offset = tl.load(pieces + 3 * num_pieces + piece)
         device = tl.multiple_of(address + tile * (TILE * 8), 16).to(tl.pointer_type(tl.int64))
@@ -69,6 +74,8 @@ def _copy(
 
 def launch(
     index: object,
+    start: int,
+    row: int,
     n: int,
     pieces: object,
     num_pieces: int,
@@ -82,7 +89,7 @@ def launch(
 ) -> None:
     """On torch's current stream: copy a range of pieces of n blocks to (gather) or from their records.
 
-    index: int32 tensor of 2 n elements; pieces: int64 tensor, see above; words: least and most in a piece.
+    index: int32 tensor; pieces: int64 tensor, see above; words: least and most in a piece.
     """
     first, last = piece_range
     tiles = -(-words[1] // _TILE_WORDS)
@@ -91,6 +98,8 @@ def launch(
     launcher: Any = _copy
     launcher[(min(programs, total),)](
         index,
+        start,
+        row,
         n,
         pieces,
         num_pieces,

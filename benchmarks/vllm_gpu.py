@@ -1,0 +1,310 @@
+"""What a request sees on a GPU: vLLM alone, with KVBM, and with vLLM's own CPU offloading, in one run.
+
+    python benchmarks/vllm_gpu.py [--engines none kvbm native] [--modes eager graphs] [--json FILE]
+
+Llama-3.1-8B in shape, bf16, weights made up. Each engine runs in a process of its own (AsyncLLM, so with
+vLLM's asynchronous scheduler, as `vllm serve` does) and is asked for: the time to the first token (TTFT) of
+prompts of 4k, 16k and 32k tokens, cold, found in device memory, and found in host memory after the device
+cache was emptied; the inter-token latency of 16 decoding requests while such prompts arrive; a batch of 32
+prompts of 2k tokens with 64 output tokens; its start. Tokens served from a tier are asserted, or a figure
+would mean nothing.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "tie_word_embeddings": False,
+}
+SIZES = {"4k": 4096, "16k": 16384, "32k": 32768}
+DEVICE_BLOCKS = 6000  # 96,000 tokens, so that a handful of long prompts drives others out
+CONNECTORS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "kvbm": {
+        "kv_connector": "DynamoConnector",
+        "kv_role": "kv_both",
+        "kv_connector_module_path": "kvbm.vllm_integration.connector",
+    },
+    "native": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"},
+}
+
+
+class Engine:
+    """One engine under measurement. Times in seconds."""
+
+    def __init__(self, name: str, mode: str, host_gb: float) -> None:
+        from vllm import SamplingParams
+        from vllm.config import KVTransferConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._sampling = SamplingParams
+        folder = Path(tempfile.mkdtemp())
+        (folder / "config.json").write_text(json.dumps(MODEL))
+        connector = CONNECTORS[name]
+        if name == "native":
+            connector = {
+                **(connector or {}),
+                "kv_connector_extra_config": {"cpu_bytes_to_use": int(host_gb * 1e9)},
+            }
+        elif name == "kvbm":
+            connector = {**(connector or {}), "kv_connector_extra_config": {"host.cache_gb": host_gb}}
+        start = time.perf_counter()
+        self.llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=str(folder),
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                max_model_len=36864,
+                num_gpu_blocks_override=DEVICE_BLOCKS,
+                enforce_eager=mode == "eager",
+                enable_prefix_caching=True,
+                kv_transfer_config=KVTransferConfig(**connector) if connector else None,
+            )
+        )
+        self.start_s = time.perf_counter() - start
+        self._serial = 0
+
+    async def ask(self, tokens: Sequence[int], output: int = 1) -> dict[str, Any]:
+        """Send one prompt; when each token came, counted from now, and how many prompt tokens were cached."""
+        from vllm.sampling_params import RequestOutputKind
+
+        params = self._sampling(
+            temperature=0,
+            max_tokens=output,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        self._serial += 1
+        start = time.perf_counter()
+        times: list[float] = []
+        ids: list[int] = []
+        cached = 0
+        prompt: Any = {"prompt_token_ids": list(tokens)}
+        async for part in self.llm.generate(prompt, params, f"r{self._serial}"):
+            now = time.perf_counter()
+            new = list(part.outputs[0].token_ids)
+            times += [now] * len(new)
+            ids += new
+            cached = max(cached, part.num_cached_tokens or 0)
+        return {"ttft": times[0] - start, "times": times, "ids": ids, "cached": cached}
+
+    async def wake_up(self) -> None:
+        """Clocks fall while nothing runs."""
+        for _ in range(3):
+            await self.ask([1, 2, 3], 4)
+
+    async def empty_device(self) -> None:
+        for _ in range(100):
+            if await self.llm.reset_prefix_cache():
+                return
+            await asyncio.sleep(0.05)
+        raise RuntimeError("the device cache could not be emptied")
+
+
+def random_prompt(rng: np.random.Generator, tokens: int) -> list[int]:
+    return rng.integers(0, 128000, tokens).tolist()
+
+
+async def first_tokens(engine: Engine, name: str, repeats: int) -> dict[str, Any]:
+    """TTFT by prompt size and by where the prompt is found, in ms."""
+    rng = np.random.default_rng(1)
+    result: dict[str, Any] = {}
+    for size, tokens in SIZES.items():
+        rows: dict[str, list[float]] = {"cold": [], "device": [], "host": []}
+        equal = 0
+        for _ in range(repeats):
+            prompt = random_prompt(rng, tokens)
+            await engine.wake_up()
+            cold = await engine.ask(prompt)
+            await asyncio.sleep(0.3)  # offloads are over
+            await engine.wake_up()
+            device = await engine.ask(prompt, 8)
+            await engine.empty_device()
+            rows["cold"].append(cold["ttft"])
+            rows["device"].append(device["ttft"])
+            expect_cached(cold, 0, 0)
+            expect_cached(device, tokens - 16, tokens)
+            if name != "none":
+                await engine.wake_up()
+                host = await engine.ask(prompt, 8)
+                rows["host"].append(host["ttft"])
+                expect_cached(host, tokens - 32, tokens)
+                equal += host["ids"] == device["ids"]
+                await asyncio.sleep(0.2)
+                await engine.empty_device()
+        result[size] = {
+            where: {
+                "median": 1e3 * statistics.median(times),
+                "least": 1e3 * min(times),
+                "all": [round(1e3 * value, 2) for value in times],
+            }
+            for where, times in rows.items()
+            if times
+        }
+        result[size]["host output equals device output"] = f"{equal} of {len(rows['host'])}"
+        print(
+            size,
+            {
+                k: {m: round(x, 1) for m, x in v.items() if m != "all"}
+                for k, v in result[size].items()
+                if k in rows
+            },
+            result[size]["host output equals device output"],
+            flush=True,
+        )
+    tiny = [(await engine.ask(random_prompt(rng, 15)))["ttft"] for _ in range(10)]
+    result["15 tokens"] = 1e3 * statistics.median(tiny)
+    return result
+
+
+def expect_cached(answer: dict[str, Any], least: int, most: int) -> None:
+    if not least <= answer["cached"] <= most:
+        raise RuntimeError(f"{answer['cached']} tokens were cached, expected {least} to {most}")
+
+
+async def decoding(engine: Engine, name: str) -> dict[str, Any]:
+    """Inter-token latency in ms of 16 requests that decode while 16k-token prompts arrive."""
+    rng = np.random.default_rng(2)
+    prompts = [random_prompt(rng, SIZES["16k"]) for _ in range(8)]
+    for prompt in prompts:
+        await engine.ask(prompt)
+        await asyncio.sleep(0.3)
+    result: dict[str, Any] = {}
+    for case in ("alone", "device hits", "host hits"):
+        if case == "host hits" and name == "none":
+            continue
+        await engine.empty_device()
+        if case == "device hits":
+            await engine.ask(prompts[0])
+        decoders = [asyncio.create_task(engine.ask(random_prompt(rng, 256), 400)) for _ in range(16)]
+        await asyncio.sleep(1.0)
+        begin = time.perf_counter()
+        ttft = []
+        for i in range(8):
+            if case != "alone":
+                answer = await engine.ask(prompts[0] if case == "device hits" else prompts[i])
+                expect_cached(answer, SIZES["16k"] - 32, SIZES["16k"])
+                ttft.append(answer["ttft"])
+            await asyncio.sleep(max(0.0, begin + 0.3 * (i + 1) - time.perf_counter()))
+        end = time.perf_counter()
+        answers = await asyncio.gather(*decoders)
+        gaps = np.concatenate(
+            [np.diff([t for t in answer["times"] if begin <= t <= end]) for answer in answers]
+        )
+        result[case] = {
+            "mean": 1e3 * float(gaps.mean()),
+            "median": 1e3 * float(np.median(gaps)),
+            "p99": 1e3 * float(np.percentile(gaps, 99)),
+            "ttft": [round(1e3 * value, 1) for value in ttft],
+            "seconds": end - begin,
+        }
+        print(case, {k: v if k == "ttft" else round(v, 2) for k, v in result[case].items()}, flush=True)
+    return result
+
+
+async def batch(engine: Engine, name: str) -> dict[str, float]:
+    """Seconds for 32 prompts of 2k tokens with 64 output tokens."""
+    rng = np.random.default_rng(3)
+    result: dict[str, float] = {}
+    for repeat in range(3):
+        prompts = [random_prompt(rng, 2048) for _ in range(32)]
+        for where in ("cold", "device", "host"):
+            if where == "host":
+                await engine.empty_device()
+                if name == "none":
+                    continue
+            start = time.perf_counter()
+            answers = await asyncio.gather(*(engine.ask(prompt, 64) for prompt in prompts))
+            took = time.perf_counter() - start
+            for answer in answers:
+                expect_cached(answer, 0 if where == "cold" else 2048 - 32, 2048 if where != "cold" else 0)
+            result[where] = min(result.get(where, 1e9), took) if repeat else took
+            await asyncio.sleep(0.5)
+    print({key: round(value, 3) for key, value in result.items()}, flush=True)
+    return result
+
+
+async def measure(name: str, mode: str, host_gb: float, repeats: int, only: str) -> dict[str, Any]:
+    engine = Engine(name, mode, host_gb)
+    result: dict[str, Any] = {"start s": engine.start_s}
+    print(f"{name} {mode}: started in {engine.start_s:.1f} s", flush=True)
+    if only == "start":
+        engine.llm.shutdown()
+        return result
+    rng = np.random.default_rng(4)
+    for tokens in (512, 16384, 32768):  # warm up
+        await engine.ask(random_prompt(rng, tokens), 4)
+    await asyncio.sleep(0.5 * host_gb)  # KVBM pins its memory in the background
+    await engine.empty_device()
+    if only in ("", "ttft"):
+        result["ttft ms"] = await first_tokens(engine, name, repeats)
+    if only in ("", "decode"):
+        result["inter-token ms"] = await decoding(engine, name)
+    if only in ("", "batch"):
+        result["batch s"] = await batch(engine, name)
+    engine.llm.shutdown()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--engines", nargs="+", default=list(CONNECTORS), choices=list(CONNECTORS))
+    parser.add_argument("--modes", nargs="+", default=["eager", "graphs"], choices=["eager", "graphs"])
+    parser.add_argument("--host-gb", type=float, default=40.0)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", default="", choices=["", "ttft", "decode", "batch", "start"])
+    parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--one", action="store_true", help="measure here, not in a process for each engine")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {}
+    if arguments.json and Path(arguments.json).exists():
+        results = json.loads(Path(arguments.json).read_text())
+    if arguments.one:
+        name, mode = arguments.engines[0], arguments.modes[0]
+        results[f"{name} {mode} {arguments.host_gb:.0f} GB"] = asyncio.run(
+            measure(name, mode, arguments.host_gb, arguments.repeats, arguments.only)
+        )
+        Path(arguments.json).write_text(json.dumps(results, indent=1))
+        os._exit(0)  # vLLM's own threads may linger
+    file = arguments.json or tempfile.mktemp(suffix=".json")
+    for mode in arguments.modes:
+        for name in arguments.engines:
+            command = [sys.executable, __file__, "--one", "--engines", name, "--modes", mode, "--json", file]
+            command += ["--host-gb", str(arguments.host_gb), "--repeats", str(arguments.repeats)]
+            subprocess.run([*command, "--only", arguments.only], check=False)
+    print(Path(file).read_text() if not arguments.json else f"figures in {file}")
+
+
+if __name__ == "__main__":
+    main()
