@@ -22,7 +22,7 @@ import torch
 from kvbm.transfer.arena import HostArena
 from kvbm.transfer.calibration import Method
 from kvbm.transfer.cuda import driver
-from kvbm.transfer.cuda.engine import CudaCopyEngine
+from kvbm.transfer.cuda.engine import CudaCopyEngine, CudaTransfer
 from kvbm.transfer.layout import recognise, tensor_view
 
 BLOCKS, LAYERS, RUNS = 1024, 32, 5
@@ -120,21 +120,19 @@ class Copies:
         }
         self.bytes = BLOCKS * arena.record_bytes
 
-    def order(self, direction: str, method: Method | None) -> torch.cuda.Event:
-        return self.engine.submit(direction, method, self.blocks[direction], self.slots[direction])
+    def order(self, direction: str, method: Method | None) -> CudaTransfer:
+        return self.engine.start(direction, self.blocks[direction], self.slots[direction], None, method)
 
     def measure(self, method: Method | None) -> dict[str, float]:
         result: dict[str, float] = {}
         for direction in ("offload", "onboard"):
-            result[direction] = (
-                self.bytes / seconds(lambda d=direction: self.order(d, method).synchronize()) / 1e9
-            )
+            result[direction] = self.bytes / seconds(lambda d=direction: self.order(d, method).wait()) / 1e9
             result[f"{direction} submit ms"] = 1e3 * self.submit_s(direction, method)
 
         def both() -> None:
-            events = [self.order(direction, method) for direction in ("onboard", "offload")]
-            for event in events:
-                event.synchronize()
+            transfers = [self.order(direction, method) for direction in ("onboard", "offload")]
+            for transfer in transfers:
+                transfer.wait()
 
         result["both"] = 2 * self.bytes / seconds(both) / 1e9
         return result
@@ -145,7 +143,7 @@ class Copies:
             start = time.perf_counter()
             event = self.order(direction, method)
             times.append(time.perf_counter() - start)
-            event.synchronize()
+            event.wait()
         return statistics.median(times)
 
     def in_step(self) -> dict[str, float]:

@@ -106,7 +106,7 @@ def test_records_are_those_of_every_method(make):
     stored = []
     for method in Method:
         setup.arena.slots[:] = 0
-        setup.engine.submit("offload", method, SOURCE, SLOTS, setup.engine.fence()).synchronize()
+        setup.engine.start("offload", SOURCE, SLOTS, setup.engine.fence(), method).wait()
         stored.append(setup.arena.records()[SLOTS].copy())
     assert stored[0].any()
     for other in stored[1:]:

@@ -1,8 +1,13 @@
-"""The worker: executes operations on one rank's shard, on threads of its own, and reports what happened.
+"""The worker: executes operations on one rank's shard and reports what happened.
 
-`submit`, `cancel` and `poll` are called from the engine's forward thread and never wait for a copy.
+Where the device copies by itself (CUDA), the engine's forward thread orders the copies: a thread of ours
+would have to take the GIL from it a dozen times for each. Elsewhere threads of ours copy, and check what they
+load.
+
+`submit`, `start_in_step`, `cancel` and `poll` are called from the forward thread and never wait for a copy.
 """
 
+import logging
 import queue
 import threading
 import time
@@ -11,14 +16,16 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from kvbm.logic.operations import BlockIds, Completion, Direction, Failure, Operation
-from kvbm.transfer.copy import InStepLoad
+from kvbm.transfer.copy import CopyEngine, InStepLoad, Transfer
 from kvbm.transfer.records import HostRecords
+
+logger = logging.getLogger(__name__)
 
 _NONE_FAILED = np.empty(0, np.int32)
 
 
 class _Task:
-    __slots__ = ("after", "deadline", "operation", "reason", "running", "timed_out")
+    __slots__ = ("after", "deadline", "failed", "operation", "reason", "running", "timed_out", "transfer")
 
     def __init__(self, operation: Operation, after: object, deadline: float) -> None:
         self.operation = operation
@@ -27,13 +34,15 @@ class _Task:
         self.running = False
         self.reason = Failure.NONE  # set from outside: cancelled or timed out
         self.timed_out = False  # reported as still running
+        self.transfer: Transfer | None = None  # by the device itself
+        self.failed: BlockIds = _NONE_FAILED  # of it, already known
 
 
 class Worker:
     """Copies between the engine's blocks and `records`, which are checked when they are loaded.
 
-    threads: how many operations run at once in each direction: a load, which a request waits for, never
-    queues behind offloads. clock: seconds, monotonic.
+    threads: how many operations run at once in each direction, where threads copy: a load, which a request
+    waits for, never queues behind offloads. clock: seconds, monotonic.
     """
 
     def __init__(
@@ -44,7 +53,8 @@ class Worker:
         self._queues: dict[Direction, queue.SimpleQueue[_Task | None]] = {
             direction: queue.SimpleQueue() for direction in Direction
         }
-        self._in_step: list[tuple[Operation, InStepLoad]] = []
+        self._device_engine = records.device_engine
+        self._transfers: list[_Task] = []  # under way on the device; of the forward thread alone
         self._lock = threading.Lock()
         self._tasks: dict[int, _Task] = {}
         self._completions: list[Completion] = []
@@ -54,7 +64,7 @@ class Worker:
                 target=self._run, args=(tasks,), name=f"kvbm-{direction.name.lower()}-{i}", daemon=True
             )
             for direction, tasks in self._queues.items()
-            for i in range(threads)
+            for i in range(threads if self._device_engine is None else 0)
         ]
         for thread in self._threads:
             thread.start()
@@ -64,13 +74,18 @@ class Worker:
 
         The leader bounds how many are under way.
         """
-        now = self._clock()
         after = self._records.fence()
         for operation in operations:
-            task = _Task(operation, after, now + operation.timeout_s)
-            with self._lock:
-                self._tasks[operation.id] = task
-            self._queues[operation.direction].put(task)
+            task = self._add(operation, after)
+            if self._device_engine is None:
+                self._queues[operation.direction].put(task)
+                continue
+            try:
+                self._start(task, self._device_engine)
+            except Exception:
+                logger.exception("KVBM: a copy could not be started")
+                with self._lock:
+                    self._finish(task, operation.positions, Failure.ERROR)
 
     def start_in_step(self, operations: Iterable[Operation]) -> list[InStepLoad]:
         """Start loads that the forward pass about to be launched is ordered behind.
@@ -79,21 +94,26 @@ class Worker:
         """
         loads = []
         for operation in operations:
+            task = self._add(operation, None)
             try:
-                if (operation.host_slots < 0).any():
-                    raise LookupError("a block of a load inside a step is not in the host tier")
-                load = self._records.start_in_step(operation.device_blocks, operation.host_slots)
+                if self._device_engine is None or (operation.host_slots < 0).any():
+                    raise LookupError("a load inside a step is not possible, or lacks a block")
+                task.transfer = load = self._device_engine.start_in_step(
+                    operation.device_blocks, operation.host_slots
+                )
             except Exception:
                 with self._lock:
-                    self._completions.append(Completion(operation.id, operation.positions, Failure.ERROR))
+                    self._finish(task, operation.positions, Failure.ERROR)
                 raise
-            self._in_step.append((operation, load))
+            task.running = True
+            self._transfers.append(task)
             loads.append(load)
         return loads
 
     @property
     def loads_in_step(self) -> bool:
-        return self._records.loads_in_step
+        """Whether `start_in_step` works."""
+        return self._device_engine is not None
 
     @property
     def ready_slots(self) -> int:
@@ -110,26 +130,23 @@ class Worker:
     def poll(self) -> list[Completion]:
         """Completions since the last call, each operation's final one exactly once."""
         now = self._clock()
+        over = [task for task in self._transfers if task.transfer is None or task.transfer.is_over]
+        if over:
+            self._transfers = [task for task in self._transfers if task not in over]
         with self._lock:
+            for task in over:
+                self._finish_running(task, task.failed, Failure.ERROR if len(task.failed) else Failure.NONE)
             for task in self._tasks.values():
                 if task.deadline <= now and not task.timed_out:
                     self._time_out(task)
             completions, self._completions = self._completions, []
-        if self._in_step:
-            over = [load.is_over for _, load in self._in_step]
-            completions += [
-                Completion(operation.id, _NONE_FAILED)
-                for (operation, _), done in zip(self._in_step, over, strict=True)
-                if done
-            ]
-            self._in_step = [each for each, done in zip(self._in_step, over, strict=True) if not done]
         return completions
 
     @property
     def idle(self) -> bool:
         """Whether nothing is queued, running or waiting to be polled."""
         with self._lock:
-            return not self._tasks and not self._completions and not self._in_step
+            return not self._tasks and not self._completions
 
     def close(self) -> None:
         """Stop the threads; what is still queued is not executed."""
@@ -142,7 +159,27 @@ class Worker:
         if not any(thread.is_alive() for thread in self._threads):
             self._records.close()
 
-    # ---- the copy threads ----
+    # ---- copies by the device ----
+
+    def _add(self, operation: Operation, after: object) -> _Task:
+        task = _Task(operation, after, self._clock() + operation.timeout_s)
+        with self._lock:
+            self._tasks[operation.id] = task
+        return task
+
+    def _start(self, task: _Task, engine: CopyEngine) -> None:
+        blocks, slots = task.operation.device_blocks, task.operation.host_slots
+        if task.operation.direction == Direction.OFFLOAD:
+            task.transfer = engine.start_offload(blocks, slots, task.after)
+        else:
+            there = slots >= 0
+            task.failed = np.flatnonzero(~there).astype(np.int32)
+            if there.any():
+                task.transfer = engine.start_onboard(blocks[there], slots[there], task.after)
+        task.running = True
+        self._transfers.append(task)
+
+    # ---- copies by threads ----
 
     def _run(self, tasks: "queue.SimpleQueue[_Task | None]") -> None:
         while True:
@@ -159,9 +196,7 @@ class Worker:
             except Exception:
                 failed, reason = task.operation.positions, Failure.ERROR
             with self._lock:
-                if task.reason:
-                    failed = task.operation.positions
-                self._finish(task, failed, max(reason, task.reason))
+                self._finish_running(task, failed, reason)
 
     def _execute(self, operation: Operation, after: object) -> tuple[BlockIds, Failure]:
         blocks, slots = operation.device_blocks, operation.host_slots
@@ -177,6 +212,11 @@ class Worker:
         return np.flatnonzero(~arrived).astype(np.int32), reason
 
     # ---- under the lock ----
+
+    def _finish_running(self, task: _Task, failed: BlockIds, reason: Failure) -> None:
+        if task.reason:
+            failed = task.operation.positions
+        self._finish(task, failed, max(reason, task.reason))
 
     def _finish(self, task: _Task, failed: BlockIds, reason: Failure) -> None:
         del self._tasks[task.operation.id]

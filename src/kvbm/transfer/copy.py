@@ -11,7 +11,16 @@ from kvbm.transfer.arena import HostArena
 from kvbm.transfer.layout import KvLayout, Run
 
 
-class InStepLoad(ABC):
+class Transfer(ABC):
+    """A copy that the device carries out by itself."""
+
+    @property
+    @abstractmethod
+    def is_over(self) -> bool:
+        """Asked at any time, from any thread; never waits."""
+
+
+class InStepLoad(Transfer):
     """A load that the forward pass of the same step is ordered behind, on the device, layer by layer.
 
     All calls from the engine's forward thread; none waits.
@@ -25,10 +34,6 @@ class InStepLoad(ABC):
     def before_all(self) -> None:
         """The same for all layers."""
 
-    @property
-    @abstractmethod
-    def is_over(self) -> bool: ...
-
 
 class CopyEngine(ABC):
     """Copies block `device_blocks[i]` to or from the record in slot `host_slots[i]`.
@@ -37,13 +42,25 @@ class CopyEngine(ABC):
     when they did not. They are called from threads of ours, several at once, with disjoint slots and blocks.
     """
 
-    loads_in_step = False
-    """Whether it has `start_in_step`."""
+    copies_by_itself = False
+    """Whether the device copies without a thread of ours: then there are the methods start_...()."""
 
     @property
     def ready_slots(self) -> int | None:
         """Slots below this number can be used already; None: all. It only grows."""
         return None
+
+    def start_offload(
+        self, device_blocks: NDArray[np.integer], host_slots: NDArray[np.integer], after: object = None
+    ) -> Transfer:
+        """Have the device copy, and return at once. May raise."""
+        raise NotImplementedError
+
+    def start_onboard(
+        self, device_blocks: NDArray[np.integer], host_slots: NDArray[np.integer], after: object = None
+    ) -> Transfer:
+        """Have the device copy, and return at once. May raise."""
+        raise NotImplementedError
 
     def start_in_step(
         self, device_blocks: NDArray[np.integer], host_slots: NDArray[np.integer]

@@ -9,7 +9,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from kvbm.transfer.arena import HostArena
-from kvbm.transfer.copy import CopyEngine, InStepLoad
+from kvbm.transfer.copy import CopyEngine
 
 
 class HostRecords:
@@ -27,15 +27,10 @@ class HostRecords:
         return self.arena.num_slots if ready is None else ready
 
     @property
-    def loads_in_step(self) -> bool:
-        """Whether `start_in_step` may be called. Not with checksums: nothing could be taken back any more."""
-        return self._engine is not None and self._engine.loads_in_step and self._checksums is None
-
-    def start_in_step(self, device_blocks: NDArray[np.integer], slots: NDArray[np.integer]) -> InStepLoad:
-        """See `CopyEngine.start_in_step`."""
-        if self._engine is None:
-            raise NotImplementedError
-        return self._engine.start_in_step(device_blocks, slots)
+    def device_engine(self) -> CopyEngine | None:
+        """The engine, if it copies by itself and nothing has to be done before or after: no checksums."""
+        engine = self._engine
+        return engine if engine is not None and engine.copies_by_itself and self._checksums is None else None
 
     def close(self) -> None:
         if self._engine is not None:

@@ -53,11 +53,11 @@ class SchedulerSide:
         if request.skip_reading_prefix_cache:
             return 0, False
         blocks = leader.match(request.request_id, first)
+        if (first + blocks) * self._block_size >= request.num_tokens:
+            blocks -= 1  # a step has to compute at least one token; the last block costs it no more
         # An engine that has nothing else to do may as well start on the request while it is loaded. All
         # others would stand still meanwhile, so then the request waits and they go on.
         in_step = leader.loads_in_step and not self._running and not self._loading
-        if in_step and (first + blocks) * self._block_size >= request.num_tokens:
-            blocks -= 1  # the step has to compute at least one token
         self._offered[request.request_id] = (first, in_step)
         return max(0, blocks) * self._block_size, blocks > 0 and not in_step
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kvbm.errors import CapacityError
 from kvbm.transfer.arena import HostArena
 from kvbm.transfer.calibration import CalibrationFile, Method, MethodTable, always, measure
-from kvbm.transfer.copy import CopyEngine, InStepLoad
+from kvbm.transfer.copy import CopyEngine, InStepLoad, Transfer
 from kvbm.transfer.cuda import driver
 from kvbm.transfer.cuda.pinning import PinnedArena, slots_per_chunk
 from kvbm.transfer.layout import KvLayout
@@ -46,6 +46,7 @@ class CudaCopyEngine(CopyEngine):
         self, layout: KvLayout, arena: HostArena, device: torch.device, *, method: Method | None = None
     ) -> None:
         self._device = device
+        self._engine_thread = threading.get_ident()
         self._arena = arena
         self._chunk_slots = slots_per_chunk(arena.slot_bytes)
         self._pieces = PieceTable(layout)
@@ -81,7 +82,7 @@ class CudaCopyEngine(CopyEngine):
             ) from error
         self._methods = self._choose_methods(method)
 
-    loads_in_step = True
+    copies_by_itself = True
 
     @property
     def ready_slots(self) -> int:
@@ -99,38 +100,57 @@ class CudaCopyEngine(CopyEngine):
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    # ---- from threads of ours ----
+    # ---- copies ----
 
     def offload(self, device_blocks: Indices, host_slots: Indices, after: object = None) -> None:
-        self._copy("offload", None, device_blocks, host_slots, after)
+        self._enter_thread()
+        self.start_offload(device_blocks, host_slots, after).wait()
 
     def onboard(self, device_blocks: Indices, host_slots: Indices, after: object = None) -> None:
-        self._copy("onboard", None, device_blocks, host_slots, after)
-
-    def submit(
-        self, direction: str, method: Method | None, blocks: Indices, slots: Indices, after: object = None
-    ) -> torch.cuda.Event:
-        """Order a copy and return at once with the event that ends it."""
         self._enter_thread()
+        self.start_onboard(device_blocks, host_slots, after).wait()
+
+    def start_offload(
+        self, device_blocks: Indices, host_slots: Indices, after: object = None
+    ) -> "CudaTransfer":
+        return self.start("offload", device_blocks, host_slots, after)
+
+    def start_onboard(
+        self, device_blocks: Indices, host_slots: Indices, after: object = None
+    ) -> "CudaTransfer":
+        return self.start("onboard", device_blocks, host_slots, after)
+
+    def start(
+        self,
+        direction: str,
+        blocks: Indices,
+        slots: Indices,
+        after: object = None,
+        method: Method | None = None,
+    ) -> "CudaTransfer":
+        """Order a copy by `method`, or by what was measured to be the best."""
         method = method or self._methods.choose(direction, len(slots))
         lane = self._lanes[direction]
         order = {Method.DMA: self._dma, Method.KERNEL: self._kernel, Method.STAGED: self._staged}[method]
-        with lane.lock, torch.cuda.device(self._device):
-            order(direction == "offload", lane, blocks, slots, after)
-            return lane.end()
+        with lane.lock:
+            stream = order(direction == "offload", lane, blocks, slots, after)
+            over = torch.cuda.Event(blocking=True)
+            over.record(stream)
+        return CudaTransfer(over)
 
-    def _copy(
-        self, direction: str, method: Method | None, blocks: Indices, slots: Indices, after: object
-    ) -> None:
-        if len(slots):
-            self.submit(direction, method, blocks, slots, after).synchronize()
+    # Each orders a copy and returns the stream on which it ends.
 
-    def _dma(self, offload: bool, lane: "_Lane", blocks: Indices, slots: Indices, after: object) -> None:
+    def _dma(
+        self, offload: bool, lane: "_Lane", blocks: Indices, slots: Indices, after: object
+    ) -> torch.cuda.Stream:
         _wait(lane.dma, after)
         device, host, sizes = self._block_copies((0, len(self._pieces)), blocks, slots)
         _copy_batch(offload, device, host, sizes, lane.dma)
+        return lane.dma
 
-    def _kernel(self, offload: bool, lane: "_Lane", blocks: Indices, slots: Indices, after: object) -> None:
+    def _kernel(
+        self, offload: bool, lane: "_Lane", blocks: Indices, slots: Indices, after: object
+    ) -> torch.cuda.Stream:
         assert kernel is not None
         _wait(lane.kernels, after)
         programs = kernel.PROGRAMS_TO_HOST if offload else kernel.PROGRAMS_FROM_HOST
@@ -138,9 +158,11 @@ class CudaCopyEngine(CopyEngine):
             for part in _parts(len(slots), _MAX_BLOCKS):
                 index = lane.upload(blocks[part], slots[part])
                 self._launch(index, self._arena.address, gather=offload, programs=programs)
+        return lane.kernels
 
-    def _staged(self, offload: bool, lane: "_Lane", blocks: Indices, slots: Indices, after: object) -> None:
-        assert kernel is not None
+    def _staged(
+        self, offload: bool, lane: "_Lane", blocks: Indices, slots: Indices, after: object
+    ) -> torch.cuda.Stream:
         _wait(lane.kernels, after)  # the bus may run ahead with loads: only what writes blocks has to wait
         with torch.cuda.stream(lane.kernels):
             for chunk in _parts(len(slots), _MAX_BLOCKS):
@@ -148,6 +170,7 @@ class CudaCopyEngine(CopyEngine):
                 index = lane.upload(blocks[chunk], rows)
                 for part in _parts(len(rows), lane.staged_blocks):
                     self._stage(offload, lane, index.part(part), slots[chunk][part])
+        return lane.dma if offload else lane.kernels
 
     def _stage(self, offload: bool, lane: "_Lane", index: "_Index", slots: Indices) -> None:
         """What fits into half the staging memory, while the other half is on the bus."""
@@ -177,10 +200,8 @@ class CudaCopyEngine(CopyEngine):
         finish()
         half.free.record(second)
 
-    # ---- from the engine's forward thread: no lock, nothing that waits ----
-
-    def start_in_step(self, device_blocks: Indices, host_slots: Indices) -> "InStepLoad":
-        """Order a load behind all that the calling thread has given the device, group of layers by group."""
+    def start_in_step(self, device_blocks: Indices, host_slots: Indices) -> InStepLoad:
+        """Group of layers by group. By kernel: the engine has no other use for its SMs meanwhile."""
         stream = self._in_step
         stream.wait_stream(torch.cuda.current_stream(self._device))
         events = []
@@ -207,7 +228,8 @@ class CudaCopyEngine(CopyEngine):
     # ---- inside ----
 
     def _enter_thread(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
+        if threading.get_ident() != self._engine_thread:
+            torch.cuda.set_device(self._device)
             driver.enter_thread(self._context)
 
     @property
@@ -276,7 +298,7 @@ class CudaCopyEngine(CopyEngine):
         """The engine has computed nothing yet: which of its blocks holds what does not matter."""
         numbers = np.arange(count)
         blocks, slots = numbers % self._num_blocks, numbers % self.ready_slots
-        self._copy(direction, method, blocks, slots, self.fence())
+        self.start(direction, blocks, slots, self.fence(), method).wait()
 
 
 class _Half:
@@ -311,15 +333,6 @@ class _Lane:
         self._halves.reverse()
         return self._halves[0]
 
-    def end(self) -> torch.cuda.Event:
-        """An event behind everything ordered so far; waiting for it leaves the CPU to others."""
-        join = torch.cuda.Event()
-        join.record(self.kernels)
-        self.dma.wait_event(join)
-        done = torch.cuda.Event(blocking=True)
-        done.record(self.dma)
-        return done
-
 
 class _LayerGroups:
     def __init__(self, ranges: list[tuple[int, int]], by_name: dict[str, int]) -> None:
@@ -334,6 +347,20 @@ def _layer_groups(layout: KvLayout, num_pieces: int) -> _LayerGroups:
     ranges = [(part[0][0], part[-1][1]) for part in (spans[i : i + size] for i in range(0, len(spans), size))]
     group_of = {span: i // size for i, span in enumerate(spans)}
     return _LayerGroups(ranges, {name: group_of[span] for name, span in layout.layers.items()})
+
+
+class CudaTransfer(Transfer):
+    """Ends with an event. Waiting for it leaves the CPU to others."""
+
+    def __init__(self, over: torch.cuda.Event) -> None:
+        self._over = over
+
+    @property
+    def is_over(self) -> bool:
+        return self._over.query()
+
+    def wait(self) -> None:
+        self._over.synchronize()
 
 
 class _CudaInStepLoad(InStepLoad):
