@@ -141,9 +141,9 @@ class Copies:
         times = []
         for _ in range(RUNS):
             start = time.perf_counter()
-            event = self.order(direction, method)
+            transfer = self.order(direction, method)
             times.append(time.perf_counter() - start)
-            event.wait()
+            transfer.wait()
         return statistics.median(times)
 
     def in_step(self) -> dict[str, float]:

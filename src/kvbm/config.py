@@ -223,6 +223,7 @@ IGNORED_ENV: dict[str, str] = {
 
 # Kubernetes puts the address of a service named "kvbm" into every pod as KVBM_SERVICE_HOST, KVBM_PORT, ...
 _KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?$")
+_FLAG_TYPES = ("true or false", "true, false or none")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -306,8 +307,8 @@ def _convert(key: str, value: Any) -> Any:
         value = value.strip()
         if value.lower() == "none":
             value = None
-        elif "true" in _SETTINGS[key].type:
-            value = {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}.get(value.lower())
+        elif _SETTINGS[key].type in _FLAG_TYPES:
+            value = {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}.get(value.lower(), value)
     value = msgspec.convert(value, _FIELDS[key].type, strict=not isinstance(value, str))
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(value)

@@ -42,9 +42,14 @@ class Block:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    @initialize(capacity=st.integers(1, 10), policy=st.sampled_from([Lru, SegmentedLru]))
-    def start(self, capacity: int, policy: type[Lru] | type[SegmentedLru]) -> None:
-        self.pool = BlockPool(capacity, policy)
+    @initialize(
+        capacity=st.integers(1, 10),
+        policy=st.sampled_from([Lru, SegmentedLru]),
+        usable=st.none() | st.integers(0, 10),
+    )
+    def start(self, capacity: int, policy: type[Lru] | type[SegmentedLru], usable: int | None) -> None:
+        self.pool = BlockPool(capacity, policy, usable=usable)
+        self.usable = capacity if usable is None else min(usable, capacity)
         self.exact_order = policy is Lru
         self.blocks = [Block() for _ in range(capacity)]
         self.order: list[int] = []  # least recently used first
@@ -70,7 +75,9 @@ class PoolMachine(RuleBasedStateMachine):
         return next((slot for slot, block in enumerate(self.blocks) if block.key == key), -1)
 
     def free_slots(self) -> set[int]:
-        return {s for s, b in enumerate(self.blocks) if b.state == BlockState.RESET and not b.pins}
+        return {
+            s for s, b in enumerate(self.blocks[: self.usable]) if b.state == BlockState.RESET and not b.pins
+        }
 
     def model_allocate(self, wanted: int, taken: list[int], group: int) -> None:
         """Check what an allocation took: what was free, and of the rest what may be evicted, in order."""
@@ -238,6 +245,12 @@ class PoolMachine(RuleBasedStateMachine):
         self.model_withdraw(slots)
         self.pool.withdraw(array(*slots))
 
+    @precondition(lambda self: self.usable < len(self.blocks))
+    @rule(usable=st.integers(0, 11))
+    def grow(self, usable: int) -> None:
+        self.pool.grow(usable)
+        self.usable = max(self.usable, min(usable, len(self.blocks)))
+
     @rule(sure=st.integers(0, 9))
     def clear(self, sure: int) -> None:
         if sure:
@@ -263,7 +276,8 @@ class PoolMachine(RuleBasedStateMachine):
         count = [sum(block.state == state for block in self.blocks) for state in BlockState]
         quarantined = sum(block.state == BlockState.RESET and block.pins > 0 for block in self.blocks)
         assert count[BlockState.REGISTERED] == self.pool.num_registered
-        assert self.pool.num_free + quarantined + sum(count[1:]) == self.pool.capacity
+        assert self.pool.num_free + quarantined + sum(count[1:]) == self.pool.usable == self.usable
+        assert all(block == Block() for block in self.blocks[self.usable :])
 
     @invariant()
     def the_index_holds_exactly_the_named(self) -> None:

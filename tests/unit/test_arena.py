@@ -7,8 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import kvbm.transfer.arena
 from kvbm.errors import CapacityError
-from kvbm.transfer.arena import RECORD_ALIGNMENT, HostArena, available_memory, ensure_fits, slot_bytes
+from kvbm.transfer.arena import (
+    RECORD_ALIGNMENT,
+    HostArena,
+    _reserved_huge_pages,
+    available_memory,
+    ensure_fits,
+    slot_bytes,
+)
 
 
 def tree(root: Path, **files: str) -> Path:
@@ -113,6 +121,116 @@ def test_what_cannot_be_mapped(slots: int) -> None:
     before = descriptors()
     with pytest.raises(CapacityError, match="DYN_KVBM_CPU_CACHE_GB"):
         HostArena(slots, 2**20)
+    assert descriptors() == before
+
+
+# ---- taking memory ahead of its use ----
+
+
+def taken(arena: HostArena) -> int:
+    return os.fstat(arena.fd).st_blocks * 512
+
+
+def small_pages(slots: int, record_bytes: int, monkeypatch: pytest.MonkeyPatch) -> HostArena:
+    """An arena that takes its memory page by page, so that it can be counted."""
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", mmap.MADV_NORMAL)
+    return HostArena(slots, record_bytes)
+
+
+@pytest.mark.parametrize("knows_populate", [True, False])
+@pytest.mark.parametrize(("first", "last"), [(0, 3), (5, 9), (9, 10), (0, 10), (4, 4)])
+def test_touch_takes_just_these_slots(
+    first: int, last: int, knows_populate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not knows_populate:  # as before Linux 5.14
+        monkeypatch.setattr(kvbm.transfer.arena, "_MADV_POPULATE_WRITE", 9999)
+    arena = small_pages(10, 2 * 4096 + 1, monkeypatch)
+    arena.touch(first, last)
+    assert taken(arena) == (last - first) * arena.slot_bytes
+    assert not arena.slots.any()
+    arena.close()
+
+
+def test_touch_lets_other_slots_be() -> None:
+    arena = HostArena(6, 5000)
+    arena.slots[:] = 7
+    arena.touch(2, 4)
+    assert (arena.slots[[0, 1, 4, 5]] == 7).all()
+    arena.close()
+
+
+def huge_pages(free: int, kilobytes: int = 2048) -> str:
+    return f"HugePages_Total:  {free + 5}\nHugePages_Free:   {free}\nHugepagesize:    {kilobytes} kB\n"
+
+
+def test_reserved_huge_pages(tmp_path: Path) -> None:
+    assert _reserved_huge_pages(tree(tmp_path, proc__meminfo=meminfo(5) + huge_pages(12))) == (2**21, 12)
+    assert _reserved_huge_pages(tree(tmp_path, proc__meminfo=huge_pages(3, 2**20))) == (2**30, 3)
+
+
+@pytest.mark.parametrize(
+    "text", ["", meminfo(5), "Hugepagesize: many kB\nHugePages_Free: 3\n", "Hugepagesize:\nHugePages_Free:\n"]
+)
+def test_no_reserved_huge_pages(tmp_path: Path, text: str) -> None:
+    assert _reserved_huge_pages(tmp_path) == (0, 0)
+    assert _reserved_huge_pages(tree(tmp_path, proc__meminfo=text)) == (0, 0)
+
+
+class Maps:
+    """In place of `_map`: huge pages are refused, or given as small ones."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int, refused: Exception | None = None) -> None:
+        self.asked: list[tuple[int, bool]] = []
+        self.refused = refused
+        self._real = kvbm.transfer.arena._map
+        monkeypatch.setattr(kvbm.transfer.arena, "_map", self)
+        monkeypatch.setattr(kvbm.transfer.arena, "_reserved_huge_pages", lambda root: (2**21, free))
+
+    def __call__(self, size: int, flags: int = 0) -> tuple[int, mmap.mmap]:
+        huge = bool(flags & os.MFD_HUGETLB)
+        self.asked.append((size, huge))
+        if huge and self.refused is not None:
+            raise self.refused
+        return self._real(size)
+
+
+def test_reserved_huge_pages_are_used_where_they_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = Maps(monkeypatch, free=2)
+    arena = HostArena(3, 2**20)
+    assert maps.asked == [(2**22, True)]  # whole pages
+    assert arena.slots.shape == (3, 2**20)
+    arena.touch(0, 3)
+    arena.close()
+
+
+@pytest.mark.parametrize("slots", [5, 1000])
+def test_too_few_reserved_huge_pages(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = Maps(monkeypatch, free=2)
+    arena = HostArena(slots, 2**20)
+    assert maps.asked == [(slots * 2**20, False)]
+    arena.close()
+
+
+@pytest.mark.parametrize("refused", [CapacityError("taken"), OSError("no such pages")])
+def test_huge_pages_that_somebody_else_took(refused: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = descriptors()
+    maps = Maps(monkeypatch, free=100, refused=refused)
+    arena = HostArena(3, 2**20)
+    assert maps.asked == [(2**22, True), (3 * 2**20, False)]
+    arena.records()[:] = 1
+    arena.close()
+    assert descriptors() == before
+
+
+def test_huge_pages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told to be free can't really be mapped: nothing is left open."""
+    if _reserved_huge_pages(Path("/"))[1]:
+        pytest.skip("this machine has some")
+    monkeypatch.setattr(kvbm.transfer.arena, "_reserved_huge_pages", lambda root: (2**21, 10**6))
+    before = descriptors()
+    arena = HostArena(3, 2**20)
+    arena.records()[:] = 1
+    arena.close()
     assert descriptors() == before
 
 

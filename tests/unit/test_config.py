@@ -21,6 +21,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "host.checksum": ("off", False),
     "transfer.max_concurrent": ("8", 8),
     "transfer.max_batch_blocks": ("32", 32),
+    "transfer.copy_method": ("dma", "dma"),
     "transfer.max_queued_blocks": ("64", 64),
     "transfer.timeout_s": ("0.5", 0.5),
     "engine.init_timeout_s": ("60", 60.0),
@@ -34,6 +35,7 @@ ENV_NAMES = {
     "host.checksum": "KVBM_HOST_CHECKSUM",
     "transfer.max_concurrent": "DYN_KVBM_MAX_CONCURRENT_TRANSFERS",
     "transfer.max_batch_blocks": "DYN_KVBM_MAX_TRANSFER_BATCH_SIZE",
+    "transfer.copy_method": "KVBM_TRANSFER_COPY_METHOD",
     "transfer.max_queued_blocks": "KVBM_TRANSFER_MAX_QUEUED_BLOCKS",
     "transfer.timeout_s": "KVBM_TRANSFER_TIMEOUT_S",
     "engine.init_timeout_s": "DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS",
@@ -73,9 +75,10 @@ class TestDefaults:
             "host.cache_gb": 0.0,
             "host.num_blocks": None,
             "host.policy": "lru",
-            "host.checksum": True,
+            "host.checksum": None,
             "transfer.max_concurrent": 4,
-            "transfer.max_batch_blocks": 16,
+            "transfer.max_batch_blocks": 128,
+            "transfer.copy_method": "auto",
             "transfer.max_queued_blocks": 4096,
             "transfer.timeout_s": 30.0,
             "engine.init_timeout_s": 1800.0,
@@ -248,6 +251,13 @@ class TestValues:
     def test_false(self, text: str) -> None:
         assert load(env={"KVBM_HOST_CHECKSUM": text}).host.checksum is False
 
+    @pytest.mark.parametrize("text", ["none", "None", " NONE "])
+    def test_none_is_neither_true_nor_false(self, text: str) -> None:
+        config = load({"host.checksum": True}, host__checksum=text)
+        assert config.host.checksum is None
+        assert config.sources["host.checksum"] == "keyword argument"
+        assert load({"host.checksum": True}, host__checksum=None).host.checksum is None
+
     @pytest.mark.parametrize("policy", ["lru", "segmented-lru", "my_package.policies:Mine"])
     def test_policies(self, policy: str) -> None:
         assert load(host__policy=policy).host.policy == policy
@@ -282,9 +292,10 @@ class TestValues:
                 ["LRU", "fifo", "mod:", ":Class", "mod:Class\nx", 3, None, "a b:C"],
                 "lru, segmented-lru or module:Class",
             ),
-            ("host.checksum", ["maybe", "2", "none", 1, None], "true or false"),
+            ("host.checksum", ["maybe", "2", 1, [True]], "true, false or none"),
             ("transfer.max_concurrent", [0, -1, 1.5, "four", None], "an integer >= 1"),
             ("transfer.max_batch_blocks", [0, "0"], "an integer >= 1"),
+            ("transfer.copy_method", ["fast", "DMA", "none", None, 1], "auto, dma, kernel or staged"),
             ("transfer.max_queued_blocks", [0, "-5"], "an integer >= 1"),
             ("transfer.timeout_s", [0, "-1", "nan", float("inf"), "1e999", 10**400, None], "a number > 0"),
             ("engine.init_timeout_s", [0, float("nan")], "a number > 0"),
@@ -312,7 +323,7 @@ class TestValues:
         assert problems == [
             "unknown environment variable KVBM_HOST_CHEKSUM: did you mean KVBM_HOST_CHECKSUM?",
             "transfer = 5 (kv_connector_extra_config): must be a table of "
-            "max_concurrent, max_batch_blocks, max_queued_blocks, timeout_s",
+            "max_concurrent, max_batch_blocks, copy_method, max_queued_blocks, timeout_s",
             "host.cache_gb = '-1' (environment DYN_KVBM_CPU_CACHE_GB): must be a number >= 0",
             "host.policy = 'fifo' (kv_connector_extra_config): must be lru, segmented-lru or module:Class",
             "unknown key 'engine.init_timeout' (keyword argument): did you mean engine.init_timeout_s?",
@@ -419,7 +430,8 @@ class TestDocumentation:
         rows = {row.key: row for row in iter_settings()}
         assert {key: row.env for key, row in rows.items()} == ENV_NAMES
         assert rows["host.num_blocks"].default == "none"
-        assert rows["host.checksum"].default == "true"
+        assert rows["host.checksum"].default == "none"
+        assert rows["host.checksum"].type == "true, false or none"
         assert rows["engine.load_failure_policy"].type == "recompute or engine"
         assert all(row.doc.endswith(".") for row in rows.values())
 

@@ -43,7 +43,7 @@ def make_leader(ranks: int = 2, **settings: Any) -> tuple[Leader, Clock]:
 
 
 def make_ready(leader: Leader, ranks: int = 2) -> Leader:
-    leader.receive(WorkerReport(rank, SLOTS) for rank in range(ranks))
+    leader.receive(WorkerReport(rank, SLOTS, SLOTS) for rank in range(ranks))
     assert leader.ready
     return leader
 
@@ -56,7 +56,7 @@ def arrive(leader: Leader, request_id: str, tokens: int, **identity: Any) -> Non
 
 
 def done(leader: Leader, orders: StepOrders, ranks: int = 2, failed: bool = False) -> list[Outcome]:
-    """Every rank has executed the orders."""
+    """Every rank has executed the orders. Nothing new is said of their memory."""
     outcomes = []
     for rank in range(ranks):
         completions = [
@@ -119,11 +119,11 @@ def test_the_block_is_visible_when_the_last_rank_has_written_it() -> None:
     (operation,) = leader.take_orders().operations
     arrive(leader, "b", BLOCK_SIZE)
     nothing = np.empty(0, np.int32)
-    leader.receive([WorkerReport(1, SLOTS, completions=[Completion(operation.id, nothing)])])
+    leader.receive([WorkerReport(1, SLOTS, SLOTS, completions=[Completion(operation.id, nothing)])])
     assert leader.match("b", 0) == 0
-    leader.receive([WorkerReport(1, SLOTS, completions=[Completion(operation.id, nothing)])])
+    leader.receive([WorkerReport(1, SLOTS, SLOTS, completions=[Completion(operation.id, nothing)])])
     assert leader.match("b", 0) == 0
-    leader.receive([WorkerReport(0, SLOTS, completions=[Completion(operation.id, nothing)])])
+    leader.receive([WorkerReport(0, SLOTS, SLOTS, completions=[Completion(operation.id, nothing)])])
     assert leader.match("b", 0) == 1
 
 
@@ -220,12 +220,12 @@ def test_ready_when_all_ranks_have_reported() -> None:
     arrive(leader, "a", 8)
     leader.set_table("a", [1, 2])
     for rank in (2, 0, 2):
-        leader.receive([WorkerReport(rank, SLOTS)])
+        leader.receive([WorkerReport(rank, SLOTS, SLOTS)])
         assert not leader.ready
         leader.store([("a", 2)])
         assert leader.match("a", 0) == 0
         assert leader.take_orders().operations == []
-    leader.receive([WorkerReport(1, SLOTS)])
+    leader.receive([WorkerReport(1, SLOTS, SLOTS)])
     assert leader.ready
     leader.store([("a", 2)])
     assert len(leader.take_orders().operations) == 1
@@ -233,8 +233,87 @@ def test_ready_when_all_ranks_have_reported() -> None:
 
 def test_a_rank_that_does_not_exist_makes_nothing_ready() -> None:
     leader, _ = make_leader(ranks=2)
-    leader.receive([WorkerReport(0, SLOTS), WorkerReport(7, SLOTS)])
+    leader.receive([WorkerReport(0, SLOTS, SLOTS), WorkerReport(7, SLOTS, SLOTS)])
     assert not leader.ready
+
+
+def test_the_tier_grows_with_the_slowest_rank(caplog: pytest.LogCaptureFixture) -> None:
+    leader, _ = make_leader()
+    seen = []
+    with caplog.at_level(logging.INFO):
+        for rank, ready in ((0, 6), (0, 8), (1, 0), (1, 3), (1, 9), (0, SLOTS), (1, 9), (1, SLOTS), (0, 6)):
+            assert leader.receive([WorkerReport(rank, SLOTS, ready)]) == []
+            seen.append(leader.pool.usable)
+            assert leader.ready == (seen[-1] > 0)
+            assert leader.pool.num_free == leader.pool.usable
+    assert seen == [0, 0, 0, 3, 8, 9, 9, SLOTS, SLOTS]
+    assert [record.levelname for record in caplog.records] == ["INFO"] * 2  # in use, then ready
+    assert "3 of 16" in caplog.messages[0]
+    assert "ready, 16 blocks" in caplog.messages[1]
+
+
+def test_only_slots_that_every_rank_has_are_used() -> None:
+    leader, _ = make_leader()
+    leader.receive([WorkerReport(0, SLOTS, 2), WorkerReport(1, SLOTS, 5)])
+    arrive(leader, "a", 5 * BLOCK_SIZE)
+    leader.set_table("a", list(range(5)))
+    leader.store([("a", 5)])
+    orders = leader.take_orders()
+    assert sorted(slot for o in orders.operations for slot in o.host_slots.tolist()) == [0, 1]
+    done(leader, orders)
+    leader.receive([WorkerReport(0, SLOTS, 3)])
+    leader.store([("a", 5)])
+    later = leader.take_orders()
+    assert [slot for o in later.operations for slot in o.host_slots.tolist()] == [2]
+    make_ready(leader)
+    done(leader, later)
+    leader.store([("a", 5)])
+    done(leader, leader.take_orders())
+    arrive(leader, "b", 5 * BLOCK_SIZE)
+    assert leader.match("b", 0) == 5
+
+
+def test_a_rank_is_heard_when_it_has_memory() -> None:
+    leader, clock = make_leader()
+    leader.tick()
+    leader.receive([WorkerReport(0, SLOTS, SLOTS), WorkerReport(1, 0, 0)])
+    clock.now += INIT_TIMEOUT_S + 1
+    leader.tick()
+    assert leader.off_reason == "ranks [1] did not report in time"
+
+
+def test_a_rank_with_another_number_of_slots_while_memory_is_pinned() -> None:
+    leader, _ = make_leader()
+    leader.receive([WorkerReport(0, SLOTS, 4), WorkerReport(1, SLOTS + 4, 4)])
+    assert not leader.ready
+    assert leader.off_reason is not None
+    assert "rank 1 has 20 blocks" in leader.off_reason
+
+
+@pytest.mark.parametrize("able", [(True, True), (True, False), (False, True), (False, False)])
+def test_loads_inside_a_step_where_every_rank_can(able: tuple[bool, bool]) -> None:
+    leader, _ = make_leader()
+    assert not leader.loads_in_step
+    for rank in range(2):
+        assert not leader.loads_in_step
+        leader.receive([WorkerReport(rank, SLOTS, 4, loads_in_step=able[rank])])
+    assert leader.loads_in_step == all(able)
+    for rank in range(2):
+        leader.receive([WorkerReport(rank, SLOTS, SLOTS, loads_in_step=able[rank])])
+    assert leader.loads_in_step == all(able)
+    leader.off_reason = "internal error elsewhere"
+    assert not leader.loads_in_step
+
+
+@pytest.mark.parametrize("in_step", [True, False])
+def test_a_load_says_whether_the_step_reads_it(in_step: bool) -> None:
+    leader = cached(make_ready(make_leader()[0]))
+    arrive(leader, "b", 12)
+    leader.load("b", 0, 3, [7, 8, 9], in_step=in_step)
+    leader.load("unknown", 0, 1, [4], in_step=in_step)
+    planned, lost = leader.take_orders().operations
+    assert planned.in_step == lost.in_step == in_step
+    assert lost.host_slots.tolist() == [-1]
 
 
 def test_a_request_that_ends_before_all_are_ready_is_not_stored() -> None:
@@ -246,19 +325,19 @@ def test_a_request_that_ends_before_all_are_ready_is_not_stored() -> None:
 
 def test_a_rank_that_refuses(caplog: pytest.LogCaptureFixture) -> None:
     leader, _ = make_leader()
-    leader.receive([WorkerReport(0, SLOTS)])
+    leader.receive([WorkerReport(0, SLOTS, SLOTS)])
     with caplog.at_level(logging.WARNING):
         leader.receive([WorkerReport(1, refused="layout unknown")])
     assert not leader.ready
     assert leader.off_reason == "layout unknown"
     assert "layout unknown" in caplog.text
-    leader.receive([WorkerReport(1, SLOTS)])
+    leader.receive([WorkerReport(1, SLOTS, SLOTS)])
     assert not leader.ready
 
 
 def test_a_rank_with_another_number_of_slots() -> None:
     leader, _ = make_leader()
-    leader.receive([WorkerReport(0, SLOTS), WorkerReport(1, SLOTS - 1)])
+    leader.receive([WorkerReport(0, SLOTS, SLOTS), WorkerReport(1, SLOTS - 1, SLOTS - 1)])
     assert not leader.ready
     assert leader.off_reason is not None
     assert "rank 1" in leader.off_reason
@@ -268,14 +347,14 @@ def test_init_timeout_counts_from_the_first_tick() -> None:
     leader, clock = make_leader()
     clock.now += 10 * INIT_TIMEOUT_S  # compiling a model takes its time
     leader.tick()
-    leader.receive([WorkerReport(0, SLOTS)])
+    leader.receive([WorkerReport(0, SLOTS, SLOTS)])
     clock.now += INIT_TIMEOUT_S
     leader.tick()
     assert leader.off_reason is None
     clock.now += 0.1
     leader.tick()
     assert leader.off_reason == "ranks [1] did not report in time"
-    leader.receive([WorkerReport(1, SLOTS)])
+    leader.receive([WorkerReport(1, SLOTS, SLOTS)])
     assert not leader.ready
 
 
@@ -327,7 +406,7 @@ def test_a_load_that_cannot_be_planned_is_an_operation_that_fails() -> None:
     outcomes = leader.receive(
         [
             WorkerReport(
-                0, SLOTS, completions=[Completion(one.id, np.arange(2, dtype=np.int32), Failure.ERROR)]
+                0, SLOTS, SLOTS, completions=[Completion(one.id, np.arange(2, dtype=np.int32), Failure.ERROR)]
             )
         ]
     )
@@ -369,7 +448,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "preempt": ("a",),
     "finish": ("a", [1], 1),
     "abandon": (),
-    "receive": ([WorkerReport(0, SLOTS, completions=[Completion(0, np.empty(0, np.int32))])],),
+    "receive": ([WorkerReport(0, SLOTS, SLOTS, completions=[Completion(0, np.empty(0, np.int32))])],),
     "tick": (),
     "clear": (),
 }
@@ -434,7 +513,7 @@ def test_when_off_every_call_answers_empty(reason: str) -> None:
     if reason == "refused":
         leader.receive([WorkerReport(0, refused="no")])
     elif reason == "slots":
-        leader.receive([WorkerReport(0, 3)])
+        leader.receive([WorkerReport(0, 3, 3)])
     else:
         leader.tick()
         clock.now += INIT_TIMEOUT_S + 1
@@ -452,7 +531,7 @@ def test_a_hung_load_keeps_its_device_blocks_when_caching_is_off() -> None:
     leader.off_reason = "internal error elsewhere"
     everything = np.arange(3, dtype=np.int32)
     late = Completion(load.id, everything, Failure.TIMEOUT, quiesced=False)
-    outcomes = leader.receive([WorkerReport(0, SLOTS, completions=[late])])
+    outcomes = leader.receive([WorkerReport(0, SLOTS, SLOTS, completions=[late])])
     assert [blocks.tolist() for outcome in outcomes for blocks in outcome.hold] == [[7, 8, 9]]
 
 
@@ -463,7 +542,7 @@ def test_a_completion_that_makes_no_sense_does_not_raise() -> None:
     leader.store([("a", 2)])
     (operation,) = leader.take_orders().operations
     assert leader.receive(
-        [WorkerReport(0, SLOTS, completions=[Completion(operation.id, np.array([99], np.int32))])]
+        [WorkerReport(0, SLOTS, SLOTS, completions=[Completion(operation.id, np.array([99], np.int32))])]
     ) in ([], [Outcome()])
 
 

@@ -436,3 +436,71 @@ def test_a_pool_of_some_size_stays_consistent() -> None:
     assert pool.num_free + pool.num_registered == pool.capacity
     pool.clear()
     assert pool.num_free == pool.capacity
+
+
+# ---- memory that is not there yet ----
+
+
+def test_slots_become_usable_bit_by_bit() -> None:
+    pool = BlockPool(10, Lru, usable=0)
+    assert (pool.capacity, pool.usable, pool.num_free) == (10, 0, 0)
+    assert len(pool.allocate(3)) == 0
+    slots, is_new = pool.claim(names(0, 1), 2)
+    assert slots.tolist() == [-1, -1]
+    assert not is_new.any()
+    pool.grow(3)
+    assert (pool.usable, pool.num_free) == (3, 3)
+    assert stored(pool, names(0, 1)).tolist() == [0, 1]
+    pool.grow(6)
+    assert (pool.usable, pool.num_free) == (6, 4)
+    assert sorted(pool.allocate(9).tolist()) == [0, 1, 2, 3, 4, 5]  # what was stored made room
+    assert pool.evictions == 2
+
+
+def test_growth_takes_nothing_away() -> None:
+    pool = BlockPool(8, Lru, usable=4)
+    matchable = follow(pool)
+    slots = stored(pool, names(0, 1, 2))
+    version = pool.version
+    pool.grow(8)
+    assert pool.match(names(0, 1, 2)).tolist() == slots.tolist()
+    assert matchable == really_matchable(pool)
+    assert pool.version == version
+    assert pool.evictions == 0
+    assert pool.num_free == 5
+
+
+@pytest.mark.parametrize("usable", [-1, 0, 3, 4])
+def test_it_never_shrinks(usable: int) -> None:
+    pool = BlockPool(8, Lru, usable=4)
+    pool.grow(usable)
+    assert (pool.usable, pool.num_free) == (4, 4)
+    assert pool.allocate(8).tolist() == [0, 1, 2, 3]
+    pool.grow(usable)  # nor does it give out what is in use
+    assert (pool.usable, pool.num_free) == (4, 0)
+
+
+def test_no_more_than_its_capacity() -> None:
+    pool = BlockPool(8, Lru, usable=5)
+    pool.grow(100)
+    pool.grow(100)
+    assert (pool.usable, pool.num_free) == (8, 8)
+    assert sorted(pool.allocate(9).tolist()) == list(range(8))
+    assert BlockPool(8, Lru).usable == BlockPool(8, Lru, usable=99).usable == 8
+
+
+def test_lowest_slots_first() -> None:
+    pool = BlockPool(8, Lru, usable=0)
+    pool.grow(4)
+    assert pool.allocate(4).tolist() == [0, 1, 2, 3]
+    pool.grow(8)
+    assert pool.allocate(3).tolist() == [4, 5, 6]
+
+
+def test_clearing_a_pool_that_grows() -> None:
+    pool = BlockPool(8, Lru, usable=3)
+    stored(pool, names(0, 1))
+    assert pool.clear().tolist() == [0, 1]
+    assert pool.num_free == 3
+    pool.grow(8)
+    assert pool.num_free == 8

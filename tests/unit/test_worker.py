@@ -12,7 +12,7 @@ import pytest
 from kvbm.logic.operations import Completion, Direction, Failure, Operation
 from kvbm.runtime.worker import Worker
 from kvbm.transfer.arena import HostArena
-from kvbm.transfer.copy import CopyEngine
+from kvbm.transfer.copy import CopyEngine, InStepLoad, Transfer
 from kvbm.transfer.records import HostRecords
 
 PATIENCE_S = 20.0  # for what happens at once unless something is wrong
@@ -41,6 +41,18 @@ class Gate:
             raise self.raises
 
 
+class FakeInStepLoad(InStepLoad):
+    over = False
+
+    def before_layer(self, name: str) -> None: ...
+
+    def before_all(self) -> None: ...
+
+    @property
+    def is_over(self) -> bool:
+        return self.over
+
+
 class FakeEngine(CopyEngine):
     """Copies between `device` and the arena; with `gated`, each copy waits at a gate of its own first."""
 
@@ -52,6 +64,9 @@ class FakeEngine(CopyEngine):
         self.calls: list[tuple[str, list[int], list[int]]] = []
         self.marks = 0
         self.afters: list[object] = []
+        self.start_raises: Exception | None = None
+        self.transfers: list[FakeInStepLoad] = []
+        self.ready: int | None = None
 
     def fence(self) -> object:
         self.marks += 1
@@ -73,16 +88,49 @@ class FakeEngine(CopyEngine):
         self._enter("onboard", device_blocks, host_slots, after)
         self.device[device_blocks] = self.arena.records()[host_slots]
 
+    def start_offload(
+        self, device_blocks: np.ndarray, host_slots: np.ndarray, after: object = None
+    ) -> Transfer:
+        return self._start("start offload", device_blocks, host_slots, after)
+
+    def start_onboard(
+        self, device_blocks: np.ndarray, host_slots: np.ndarray, after: object = None
+    ) -> Transfer:
+        return self._start("start onboard", device_blocks, host_slots, after)
+
+    def _start(self, kind: str, blocks: np.ndarray, slots: np.ndarray, after: object) -> Transfer:
+        assert threading.current_thread() is threading.main_thread()
+        self.calls.append((kind, blocks.tolist(), slots.tolist()))
+        self.afters.append(after)
+        if self.start_raises is not None:
+            raise self.start_raises
+        self.transfers.append(FakeInStepLoad())
+        return self.transfers[-1]
+
+    def start_in_step(self, device_blocks: np.ndarray, host_slots: np.ndarray) -> InStepLoad:
+        assert threading.current_thread() is threading.main_thread()
+        self.calls.append(("in step", device_blocks.tolist(), host_slots.tolist()))
+        if self.start_raises is not None:
+            raise self.start_raises
+        return FakeInStepLoad()
+
+    @property
+    def ready_slots(self) -> int | None:
+        return self.ready
+
     def next(self) -> tuple[str, list[int], Gate]:
         """The next copy that has begun and waits."""
         return self.gates.get(timeout=PATIENCE_S)
 
 
 class Setup:
-    def __init__(self, *, gated: bool = False, threads: int = 1, checksum: bool = True) -> None:
+    def __init__(
+        self, *, gated: bool = False, threads: int = 1, checksum: bool = True, by_itself: bool = False
+    ) -> None:
         self.now = 0.0
         self.arena = HostArena(SLOTS, RECORD_BYTES)
         self.engine = FakeEngine(self.arena, gated)
+        self.engine.copies_by_itself = by_itself
         self.records = HostRecords(self.arena, self.engine, checksum=checksum)
         self.worker = Worker(self.records, threads=threads, clock=lambda: self.now)
         self.serial = 0
@@ -127,8 +175,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def setup(*, gated: bool = False, threads: int = 1, checksum: bool = True) -> Iterator[Setup]:
-    s = Setup(gated=gated, threads=threads, checksum=checksum)
+def setup(
+    *, gated: bool = False, threads: int = 1, checksum: bool = True, by_itself: bool = False
+) -> Iterator[Setup]:
+    s = Setup(gated=gated, threads=threads, checksum=checksum, by_itself=by_itself)
     try:
         yield s
     finally:
@@ -175,24 +225,40 @@ def test_poll_reports_once_and_idle_tells() -> None:
         assert s.worker.poll() == []
 
 
-def test_loads_go_first() -> None:
-    with setup(gated=True) as s:
-        s.submit(OFFLOAD, [0], [0])
-        *_, running = s.engine.next()
-        order = [s.order(OFFLOAD, [1], [1]), s.order(OFFLOAD, [2], [2])]
-        order += [s.order(ONBOARD, [3], [0]), s.order(ONBOARD, [4], [0])]
-        s.worker.submit(order[:1])
-        s.worker.submit(order[1:])
-        running.open()
-        seen = []
-        for _ in range(4):
-            kind, _, gate = s.engine.next()
-            seen.append(kind)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_loads_do_not_wait_for_offloads(threads: int) -> None:
+    """Every offload thread is busy and more offloads are queued: a load that comes last begins at once."""
+    with setup(gated=True, threads=threads, checksum=False) as s:
+        for slot in range(threads):
+            s.submit(OFFLOAD, [slot], [slot])
+        busy = [s.engine.next()[2] for _ in range(threads)]
+        s.submit(OFFLOAD, [6], [6])
+        for slot in range(threads):
+            s.submit(ONBOARD, [4 + slot], [0])
+        loads = [s.engine.next() for _ in range(threads)]
+        assert [kind for kind, *_ in loads] == ["onboard"] * threads
+        for *_, gate in loads:
             gate.open()
-        assert seen == ["onboard", "onboard", "offload", "offload"]
-        assert [blocks for _, blocks, _ in s.engine.calls] == [[0], [3], [4], [1], [2]]
-        s.completions(5)
+        s.completions(threads)  # while the offloads still wait
+        for gate in busy:
+            gate.open()
+        kind, slots, gate = s.engine.next()
+        assert (kind, slots) == ("offload", [6])
+        gate.open()
+        s.completions(threads + 1)
         s.quiet()
+
+
+@pytest.mark.parametrize("direction", [OFFLOAD, ONBOARD])
+def test_first_come_first_served(direction: Direction) -> None:
+    with setup(gated=True, checksum=False) as s:
+        for slot in range(4):
+            s.submit(direction, [slot], [slot])
+        for slot in range(4):
+            _, slots, gate = s.engine.next()
+            assert slots == [slot]
+            gate.open()
+        assert [c.operation_id for c in s.completions(4)] == [1, 2, 3, 4]
 
 
 def test_as_many_at_once_as_threads() -> None:
@@ -291,6 +357,171 @@ def test_a_record_that_was_never_written_is_corrupt() -> None:
         s.submit(ONBOARD, [0], [3])
         assert summary(s.completions(1)[0]) == (1, [0], Failure.CORRUPT, True)
         assert s.engine.calls == []
+
+
+# ---- copies by the device itself ----
+
+
+@contextmanager
+def device() -> Iterator[Setup]:
+    with setup(checksum=False, by_itself=True) as s:
+        yield s
+
+
+def in_step(s: Setup, *operations: Operation) -> list[FakeInStepLoad]:
+    loads, lost = s.worker.start_in_step(operations)
+    assert len(loads) + len(lost) == len(operations)
+    assert all(isinstance(load, FakeInStepLoad) for load in loads)
+    return loads  # type: ignore[return-value]
+
+
+def test_the_device_copies_without_threads() -> None:
+    with device() as s:
+        assert s.worker.loads_in_step
+        assert s.worker._threads == []
+        s.worker.submit([s.order(OFFLOAD, [3, 1], [0, 5]), s.order(ONBOARD, [2], [7])])
+        assert s.engine.calls == [("start offload", [3, 1], [0, 5]), ("start onboard", [2], [7])]
+        assert s.engine.afters == [1, 1]
+        assert s.worker.poll() == []
+        offload, load = s.engine.transfers
+        load.over = True
+        assert [summary(c) for c in s.worker.poll()] == [(2, [], Failure.NONE, True)]
+        assert s.worker.poll() == []
+        assert not s.worker.idle
+        offload.over = True
+        assert [summary(c) for c in s.worker.poll()] == [(1, [], Failure.NONE, True)]
+        s.quiet()
+
+
+def test_a_load_by_the_device_of_slots_that_are_not_there() -> None:
+    with device() as s:
+        s.submit(ONBOARD, [4, 5, 6, 7], [0, -1, 1, -1])
+        assert s.engine.calls == [("start onboard", [4, 6], [0, 1])]
+        assert s.worker.poll() == []
+        s.engine.transfers[0].over = True
+        assert [summary(c) for c in s.worker.poll()] == [(1, [1, 3], Failure.ERROR, True)]
+        s.submit(ONBOARD, [4, 5], [-1, -1])
+        assert [summary(c) for c in s.worker.poll()] == [(2, [0, 1], Failure.ERROR, True)]
+        assert len(s.engine.calls) == 1
+        s.quiet()
+
+
+@pytest.mark.parametrize("direction", [OFFLOAD, ONBOARD])
+def test_a_copy_that_the_device_refuses(direction: Direction) -> None:
+    with device() as s:
+        s.engine.start_raises = RuntimeError("broken")
+        s.worker.submit([s.order(direction, [0, 1], [0, 1]), s.order(direction, [2], [2])])
+        assert [summary(c) for c in s.worker.poll()] == [
+            (1, [0, 1], Failure.ERROR, True),
+            (2, [0], Failure.ERROR, True),
+        ]
+        s.quiet()
+
+
+def test_a_copy_by_the_device_that_is_cancelled_is_over_when_it_is_over() -> None:
+    with device() as s:
+        s.submit(OFFLOAD, [0, 1], [0, 1])
+        s.worker.cancel([1])
+        assert s.worker.poll() == []
+        s.engine.transfers[0].over = True
+        assert [summary(c) for c in s.worker.poll()] == [(1, [0, 1], Failure.CANCELLED, True)]
+        s.quiet()
+
+
+@pytest.mark.parametrize("direction", [OFFLOAD, ONBOARD])
+def test_a_copy_by_the_device_that_hangs(direction: Direction) -> None:
+    with device() as s:
+        s.submit(direction, [0, 1], [0, 1], timeout_s=5.0)
+        s.now = 4.9
+        assert s.worker.poll() == []
+        s.now = 5.0
+        assert [summary(c) for c in s.worker.poll()] == [(1, [0, 1], Failure.TIMEOUT, False)]
+        s.now = 500.0
+        assert s.worker.poll() == []
+        s.engine.transfers[0].over = True
+        assert [summary(c) for c in s.worker.poll()] == [(1, [0, 1], Failure.TIMEOUT, True)]
+        s.quiet()
+
+
+def test_a_load_inside_a_step_is_complete_when_it_is_over() -> None:
+    with device() as s:
+        one, two = in_step(s, s.order(ONBOARD, [3, 1], [0, 5]), s.order(ONBOARD, [2], [7]))
+        assert s.engine.calls == [("in step", [3, 1], [0, 5]), ("in step", [2], [7])]
+        assert s.worker.poll() == []
+        assert not s.worker.idle
+        two.over = True
+        assert [summary(c) for c in s.worker.poll()] == [(2, [], Failure.NONE, True)]
+        assert s.worker.poll() == []
+        assert not s.worker.idle
+        one.over = True
+        assert [summary(c) for c in s.worker.poll()] == [(1, [], Failure.NONE, True)]
+        s.quiet()
+
+
+def test_a_load_inside_a_step_that_cannot_start() -> None:
+    with device() as s:
+        s.engine.start_raises = RuntimeError("broken")
+        assert in_step(s, s.order(ONBOARD, [0, 1], [0, 1])) == []
+        assert [summary(c) for c in s.worker.poll()] == [(1, [0, 1], Failure.ERROR, True)]
+        s.quiet()
+
+
+def test_a_load_inside_a_step_of_a_slot_that_is_not_there() -> None:
+    with device() as s:
+        assert in_step(s, s.order(ONBOARD, [0, 1], [3, -1])) == []
+        assert s.engine.calls == []
+        assert [summary(c) for c in s.worker.poll()] == [(1, [0, 1], Failure.ERROR, True)]
+        s.quiet()
+
+
+def test_every_load_inside_a_step_is_answered_when_one_cannot_start() -> None:
+    """The leader keeps the slots of what is not reported until its deadline is long over."""
+    with device() as s:
+        orders = [s.order(ONBOARD, [i], [slot]) for i, slot in enumerate([0, -1, 2])]
+        assert len(in_step(s, *orders)) == 2
+        for task in s.worker._transfers:
+            assert isinstance(task.transfer, FakeInStepLoad)
+            task.transfer.over = True
+        completions = {c.operation_id: c for c in s.worker.poll()}
+        assert set(completions) == {1, 2, 3}
+        started = {blocks[0] for _, blocks, _ in s.engine.calls}
+        for id_, completion in completions.items():  # what was not started has not succeeded
+            assert completion.reason or id_ - 1 in started
+        s.quiet()
+
+
+@pytest.mark.parametrize(("checksum", "by_itself"), [(True, True), (True, False), (False, False)])
+def test_no_loads_inside_a_step_otherwise(checksum: bool, by_itself: bool) -> None:
+    """With checksums a record that turns out to be damaged could not be taken back."""
+    with setup(checksum=checksum, by_itself=by_itself) as s:
+        assert not s.worker.loads_in_step
+        assert len(s.worker._threads) == 2
+        assert in_step(s, s.order(ONBOARD, [0], [0])) == []
+        assert [summary(c) for c in s.worker.poll()] == [(1, [0], Failure.ERROR, True)]
+
+
+def test_completions_outlive_a_device_that_cannot_be_asked() -> None:
+    class Lost(FakeInStepLoad):
+        @property
+        def is_over(self) -> bool:
+            raise RuntimeError("device lost")
+
+    with device() as s:
+        s.submit(ONBOARD, [1], [1])
+        s.submit(ONBOARD, [2], [-1])
+        s.worker._transfers[0].transfer = Lost()
+        assert [summary(c) for c in s.worker.poll()] == [
+            (1, [0], Failure.ERROR, True),
+            (2, [0], Failure.ERROR, True),
+        ]
+
+
+def test_ready_slots_are_those_of_the_copy_engine() -> None:
+    with setup() as s:
+        assert s.worker.ready_slots == SLOTS  # None: all are
+        for ready in (1, 5):
+            s.engine.ready = ready
+            assert s.worker.ready_slots == ready
 
 
 # ---- cancel ----
@@ -392,22 +623,28 @@ def test_a_cancelled_copy_that_hangs() -> None:
 
 
 def test_a_load_that_never_began_is_reported_at_its_deadline() -> None:
-    """A request waits for it."""
-    with setup(gated=True) as s:
+    """A request waits for it; for an offload nobody does."""
+    with setup(gated=True, checksum=False) as s:
         s.submit(OFFLOAD, [0], [0], timeout_s=1000.0)
-        *_, gate = s.engine.next()
+        *_, offload = s.engine.next()
+        s.submit(ONBOARD, [3], [3], timeout_s=1000.0)
+        *_, load = s.engine.next()
         s.submit(ONBOARD, [1], [1], timeout_s=5.0)
         s.submit(OFFLOAD, [2], [2], timeout_s=5.0)
         s.now = 6.0
-        assert [summary(c) for c in s.worker.poll()] == [(2, [0], Failure.TIMEOUT, False)]
+        assert [summary(c) for c in s.worker.poll()] == [(3, [0], Failure.TIMEOUT, False)]
         assert s.worker.poll() == []
-        gate.open()
-        assert [summary(c) for c in s.completions(3)] == [
-            (1, [], Failure.NONE, True),
-            (2, [0], Failure.TIMEOUT, True),
+        load.open()
+        assert [summary(c) for c in s.completions(2)] == [
+            (2, [], Failure.NONE, True),
             (3, [0], Failure.TIMEOUT, True),
         ]
-        assert len(s.engine.calls) == 1  # what came too late was not executed
+        offload.open()
+        assert [summary(c) for c in s.completions(2)] == [
+            (1, [], Failure.NONE, True),
+            (4, [0], Failure.TIMEOUT, True),
+        ]
+        assert len(s.engine.calls) == 2  # what came too late was not executed
         s.quiet()
 
 

@@ -87,12 +87,13 @@ class Worker:
                 with self._lock:
                     self._finish(task, operation.positions, Failure.ERROR)
 
-    def start_in_step(self, operations: Iterable[Operation]) -> list[InStepLoad]:
+    def start_in_step(self, operations: Iterable[Operation]) -> tuple[list[InStepLoad], list[Operation]]:
         """Start loads that the forward pass about to be launched is ordered behind.
 
-        May raise when the device does, or when a record is missing: then the operation counts as failed.
+        Returns them, and the operations that could not be started.
         """
-        loads = []
+        loads: list[InStepLoad] = []
+        lost: list[Operation] = []
         for operation in operations:
             task = self._add(operation, None)
             try:
@@ -102,13 +103,15 @@ class Worker:
                     operation.device_blocks, operation.host_slots
                 )
             except Exception:
+                logger.exception("KVBM: a load inside a step could not be started")
                 with self._lock:
                     self._finish(task, operation.positions, Failure.ERROR)
-                raise
+                lost.append(operation)
+                continue
             task.running = True
             self._transfers.append(task)
             loads.append(load)
-        return loads
+        return loads, lost
 
     @property
     def loads_in_step(self) -> bool:
@@ -130,7 +133,7 @@ class Worker:
     def poll(self) -> list[Completion]:
         """Completions since the last call, each operation's final one exactly once."""
         now = self._clock()
-        over = [task for task in self._transfers if task.transfer is None or task.transfer.is_over]
+        over = [task for task in self._transfers if self._is_over(task)]
         if over:
             self._transfers = [task for task in self._transfers if task not in over]
         with self._lock:
@@ -149,14 +152,18 @@ class Worker:
             return not self._tasks and not self._completions
 
     def close(self) -> None:
-        """Stop the threads; what is still queued is not executed."""
+        """Stop the threads; what is still queued is not executed. May wait for what is under way."""
         self._closed = True
         for tasks in self._queues.values():
             for _ in self._threads:
                 tasks.put(None)
         for thread in self._threads:
             thread.join(timeout=1.0)
-        if not any(thread.is_alive() for thread in self._threads):
+        end = time.monotonic() + 1.0
+        while (busy := not all(map(self._is_over, self._transfers))) and time.monotonic() < end:
+            time.sleep(0.001)
+        # Memory that a copy still uses is better leaked.
+        if not busy and not any(thread.is_alive() for thread in self._threads):
             self._records.close()
 
     # ---- copies by the device ----
@@ -178,6 +185,15 @@ class Worker:
                 task.transfer = engine.start_onboard(blocks[there], slots[there], task.after)
         task.running = True
         self._transfers.append(task)
+
+    @staticmethod
+    def _is_over(task: _Task) -> bool:
+        try:
+            return task.transfer is None or task.transfer.is_over
+        except Exception:  # the device is lost
+            logger.exception("KVBM: a copy has failed")
+            task.reason = Failure.ERROR
+            return True
 
     # ---- copies by threads ----
 

@@ -6,6 +6,7 @@ same bytes, nothing appears in a file system, and nothing is left behind when th
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from kvbm.errors import CapacityError
 
-_libc = ctypes.CDLL(None)
+_libc = ctypes.CDLL(None, use_errno=True)
 _MADV_POPULATE_WRITE = 23
 
 RECORD_ALIGNMENT = 4096  # a record is one O_DIRECT-capable I/O on the tiers below
@@ -52,7 +53,10 @@ class HostArena:
         return self.slots.ctypes.data
 
     def touch(self, first: int, last: int) -> None:
-        """Take the memory of slots first .. last-1, still unused, from the system. Without the GIL."""
+        """Take the memory of slots first .. last-1, still unused, from the system. Without the GIL.
+
+        OSError when there is none.
+        """
         start = self.address + first * self.slot_bytes
         size = (last - first) * self.slot_bytes
         page = mmap.PAGESIZE
@@ -60,8 +64,12 @@ class HostArena:
         status = _libc.madvise(
             ctypes.c_void_p(aligned), ctypes.c_size_t(start + size - aligned), _MADV_POPULATE_WRITE
         )
-        if status:  # Linux before 5.14 does not know it
-            self.slots[first:last, ::page] = 0
+        if not status:
+            return
+        error = ctypes.get_errno()
+        if error != errno.EINVAL:  # no memory: to write there would kill the process
+            raise OSError(error, os.strerror(error))
+        self.slots[first:last, ::page] = 0  # Linux before 5.14
 
     def close(self) -> None:
         """Give the memory back once no view of it is left."""

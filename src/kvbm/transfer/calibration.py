@@ -49,7 +49,7 @@ def measure(
     """Time copy(direction, method, blocks), best of three; None if the budget did not suffice.
 
     The first copy of each method is not counted: a kernel may have to be compiled for it, for which the
-    budget does not pay either.
+    budget does not pay either. A kernel's times count half as much again, see _KERNEL_HANDICAP.
     """
     methods, counts = list(methods), sorted(counts)
     for method in methods:
@@ -81,8 +81,8 @@ class CalibrationFile:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self._path = path or cache / "kvbm" / "copy-methods.json"
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        self._path = path or Path(cache) / "kvbm" / "copy-methods.json"
 
     def load(self, key: str) -> MethodTable | None:
         try:
@@ -92,7 +92,7 @@ class CalibrationFile:
                 for direction in ("offload", "onboard")
             }
             return MethodTable(rows) if all(rows.values()) else None
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             return None
 
     def save(self, key: str, table: MethodTable) -> None:
@@ -100,9 +100,10 @@ class CalibrationFile:
         stored[key] = {direction: list(rows) for direction, rows in table.rows.items()}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False) as file:
-                json.dump(stored, file, indent=1)
-            os.replace(file.name, self._path)
+            with tempfile.TemporaryDirectory(dir=self._path.parent) as folder:
+                new = Path(folder) / self._path.name
+                new.write_text(json.dumps(stored, indent=1))
+                new.replace(self._path)
         except OSError:
             pass
 

@@ -11,8 +11,6 @@ def cpus_near(pci_address: str, root: Path = Path("/")) -> set[int]:
     """
     try:
         node = int((root / f"sys/bus/pci/devices/{pci_address.lower()}/numa_node").read_text())
-        if node < 0:
-            return set()
         listed = (root / f"sys/devices/system/node/node{node}/cpulist").read_text().strip()
         cpus: set[int] = set()
         for part in listed.split(","):

@@ -98,6 +98,8 @@ def record_copies(
 def _join(
     device: Addresses, host: Addresses, size: int, slots: Addresses, chunk_slots: int
 ) -> tuple[Addresses, Addresses, Addresses]:
+    if not len(slots):
+        return device, host, host
     together = (device[1:] == device[:-1] + size) & (host[1:] == host[:-1] + size)
     starts = np.concatenate(([0], np.flatnonzero(~(together & (slots[1:] % chunk_slots != 0))) + 1))
     ends = np.append(starts[1:], len(slots))

@@ -24,7 +24,8 @@ def prove(kv_caches: Mapping[str, Any], layout: KvLayout, engine: CopyEngine, ar
 
     Called before the engine computes anything: uses the first records of `arena`.
     """
-    count = min(_MOST_BLOCKS, layout.num_blocks // 2, arena.num_slots)
+    ready = arena.num_slots if engine.ready_slots is None else engine.ready_slots
+    count = min(_MOST_BLOCKS, layout.num_blocks // 2, ready)
     if not count:
         return
     tensors = [_by_block(name, tensor, layout.num_blocks) for name, tensor in kv_caches.items()]

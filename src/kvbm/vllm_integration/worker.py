@@ -111,12 +111,9 @@ class WorkerSide:
     def _start_in_step(self, operations: list[Operation], by_layer: bool) -> None:
         if self._worker is None:
             return
-        try:
-            self._in_step = self._worker.start_in_step(operations)
-        except Exception:
-            logger.exception("KVBM: a load inside a step could not be started")
-            for operation in operations:
-                self._lost_in_step.update(operation.device_blocks.tolist())
+        self._in_step, lost = self._worker.start_in_step(operations)
+        for operation in lost:
+            self._lost_in_step.update(operation.device_blocks.tolist())
         if not by_layer:
             for load in self._in_step:
                 load.before_all()

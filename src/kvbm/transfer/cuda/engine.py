@@ -133,7 +133,11 @@ class CudaCopyEngine(CopyEngine):
         lane = self._lanes[direction]
         order = {Method.DMA: self._dma, Method.KERNEL: self._kernel, Method.STAGED: self._staged}[method]
         with lane.lock:
-            stream = order(direction == "offload", lane, blocks, slots, after)
+            try:
+                stream = order(direction == "offload", lane, blocks, slots, after)
+            except Exception:
+                lane.synchronize()  # what was ordered before the error must not go on unknown to anybody
+                raise
             over = torch.cuda.Event(blocking=True)
             over.record(stream)
         return CudaTransfer(over)
@@ -328,6 +332,10 @@ class _Lane:
     def upload(self, blocks: Indices, records: Indices) -> "_Index":
         """Stream order protects the memory: this comes behind the kernels that read what was there."""
         return _upload(self._index, blocks, records, self.kernels)
+
+    def synchronize(self) -> None:
+        self.kernels.synchronize()
+        self.dma.synchronize()
 
     def next_half(self) -> _Half:
         self._halves.reverse()

@@ -1,5 +1,6 @@
 """Pins a host arena in the background, so that an engine need not wait for tens of gigabytes at its start."""
 
+import contextlib
 import logging
 import os
 import threading
@@ -24,9 +25,9 @@ def slots_per_chunk(slot_bytes: int) -> int:
 class PinnedArena:
     """Touches the arena's memory with several threads and registers it chunk by chunk, lowest slots first.
 
-    register(address, bytes) and unregister(address) may raise; `enter_thread` is called first in each thread.
-    cpus: where the touching threads run, so that the kernel places the memory on their NUMA node; empty for
-    anywhere. The constructor returns when the first chunk is ready.
+    register(address, bytes) and unregister(address) may raise; `enter_thread` is called first in the thread
+    that registers. cpus: where the touching threads run, so that the kernel places the memory on their NUMA
+    node; empty for anywhere. The constructor returns when the first chunk, touched here, is ready.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class PinnedArena:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._registered: list[int] = []
+        self._errors: dict[int, Exception] = {}  # of touching, by chunk
         self.ready_slots = 0
         arena.touch(0, self._slots_until(0))
         self._add(0)
@@ -66,8 +68,9 @@ class PinnedArena:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Until all memory is ready, or given up; False after the timeout."""
+        end = None if timeout_s is None else time.monotonic() + timeout_s
         for thread in self._threads:
-            thread.join(timeout_s)
+            thread.join(None if end is None else max(0.0, end - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     def close(self) -> None:
@@ -77,41 +80,47 @@ class PinnedArena:
             touched.set()
         self.wait(10.0)
         while self._registered:
-            self._unregister(self._registered.pop())
+            with contextlib.suppress(Exception):  # the others can be given back none the less
+                self._unregister(self._registered.pop())
 
     # ---- the threads ----
 
     def _touch(self) -> None:
         if self._cpus:
-            os.sched_setaffinity(0, self._cpus)  # of this thread alone
+            with contextlib.suppress(OSError):  # the cgroup's CPUs may have changed: any place will do
+                os.sched_setaffinity(0, self._cpus)  # of this thread alone
         while not self._stopped.is_set():
             with self._lock:
                 chunk, self._next = self._next, self._next + 1
             if chunk >= self._chunks:
                 return
-            self._arena.touch(chunk * self._step, self._slots_until(chunk))
+            try:
+                self._arena.touch(chunk * self._step, self._slots_until(chunk))
+            except Exception as error:
+                self._errors[chunk] = error
             self._touched[chunk].set()
 
     def _pin(self) -> None:
-        self._enter_thread()
-        for chunk in range(1, self._chunks):
-            self._touched[chunk].wait()
-            if self._stopped.is_set():
-                return
-            started = time.perf_counter()
-            try:
+        try:
+            self._enter_thread()
+            for chunk in range(1, self._chunks):
+                self._touched[chunk].wait()
+                if self._stopped.is_set():
+                    return
+                if chunk in self._errors:
+                    raise self._errors[chunk]
+                started = time.perf_counter()
                 self._add(chunk)
-            except Exception as error:
-                self._stopped.set()
-                logger.warning(
-                    "KVBM: only %d of %d blocks of the host tier can be pinned (%s): the rest is not used. "
-                    "Raise the locked-memory limit (ulimit -l), or lower DYN_KVBM_CPU_CACHE_GB.",
-                    self.ready_slots,
-                    self._arena.num_slots,
-                    error,
-                )
-                return
-            self._stopped.wait(_PAUSE * (time.perf_counter() - started))
+                self._stopped.wait(_PAUSE * (time.perf_counter() - started))
+        except Exception as error:
+            self._stopped.set()
+            logger.warning(
+                "KVBM: only %d of %d blocks of the host tier can be pinned (%s): the rest is not used. "
+                "Raise the locked-memory limit (ulimit -l), or lower DYN_KVBM_CPU_CACHE_GB.",
+                self.ready_slots,
+                self._arena.num_slots,
+                error,
+            )
 
     def _add(self, chunk: int) -> None:
         first, last = chunk * self._step, self._slots_until(chunk)
