@@ -263,7 +263,7 @@ async def measure(name: str, mode: str, host_gb: float, repeats: int, only: str)
     rng = np.random.default_rng(4)
     for tokens in (512, 16384, 32768):  # warm up
         await engine.ask(random_prompt(rng, tokens), 4)
-    await asyncio.sleep(0.5 * host_gb)  # KVBM pins its memory in the background
+    await asyncio.sleep(0.35 * host_gb)  # KVBM pins its memory in the background
     await engine.empty_device()
     if only in ("", "ttft"):
         result["ttft ms"] = await first_tokens(engine, name, repeats)

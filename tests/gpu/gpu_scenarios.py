@@ -1,0 +1,26 @@
+"""What the tests of this folder do to an engine beside `tests.engine.scenarios`, executed in its process."""
+
+from typing import Any
+
+from tests.engine.scenarios import copy_engine
+
+_COUNTS = {"in step": 0}
+
+
+def count_in_step_loads(llm: Any) -> None:
+    engine = copy_engine(llm)
+    original = engine.start_in_step
+
+    def counted(*args: Any) -> Any:
+        _COUNTS["in step"] += 1
+        return original(*args)
+
+    engine.start_in_step = counted
+
+
+def in_step_loads(llm: Any) -> int:
+    return _COUNTS["in step"]
+
+
+def blocks_are_contiguous(llm: Any) -> bool:
+    return copy_engine(llm)._pieces.contiguous
