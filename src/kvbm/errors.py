@@ -1,6 +1,7 @@
 """The exceptions that KVBM raises to its user. Every message says what to do next.
 
-They leave at start-up and from the Python API only: on an engine's data path a failure is a cache miss.
+They leave at start-up and from the Python API only: on an engine's data path a failure is a cache miss. The
+one exception is `LostLoadError`.
 """
 
 
@@ -26,3 +27,7 @@ class LayoutError(KvbmError):
 
 class UsageError(KvbmError):
     """The library was called in a way that its contract forbids."""
+
+
+class LostLoadError(KvbmError):
+    """The engine computes on a load that can't be made in any way: its output would be wrong."""

@@ -57,7 +57,7 @@ class Engine:
     """One vLLM in one child. Starts at once; the first `call` waits until it is ready.
 
     env: of the child, besides ours. kvbm: None for an engine without connector, otherwise its
-    kv_connector_extra_config. options: keyword arguments of `vllm.LLM`.
+    kv_connector_extra_config. options: keyword arguments of `vllm.LLM`, and of `make_engine`.
     """
 
     def __init__(
@@ -210,9 +210,16 @@ def _child(
 
 
 def make_engine(model: str, options: dict[str, Any]) -> Any:
-    """A vLLM engine in this process."""
+    """A vLLM engine in this process.
+
+    options: of `vllm.LLM`; async_scheduler: as on GPUs; prepare: a function to be called before the start.
+    """
     asynchronous = options.pop("async_scheduler", False)
+    prepare = options.pop("prepare", None)
     import vllm  # not before the environment is set
+
+    if prepare is not None:
+        prepare()
 
     if asynchronous:
         # vLLM has no async scheduling on CPU. Its scheduler and step queue run there none the less.

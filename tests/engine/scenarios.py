@@ -239,7 +239,7 @@ class Stepper:
             time.sleep(0.0005)
 
 
-def run_with_aborts(llm: Any, asks: Sequence[Ask], seed: int) -> dict[str, Any]:
+def run_with_aborts(llm: Any, asks: Sequence[Ask], seed: int, at_once: int = 24) -> dict[str, Any]:
     """All requests, a part of which is aborted at some moment; some while their blocks are being loaded."""
     rng = random.Random(seed)
     stepper = Stepper(llm)
@@ -251,7 +251,7 @@ def run_with_aborts(llm: Any, asks: Sequence[Ask], seed: int) -> dict[str, Any]:
     slow(llm, "onboard", 0.1)  # longer than a step, so that aborts can hit a load
     while waiting or alive:
         for _ in range(rng.randrange(4)):
-            if waiting and len(alive) < 24:
+            if waiting and len(alive) < at_once:
                 index, ask = waiting.pop(0)
                 stepper.add(str(index), ask)
                 alive.append(str(index))
@@ -275,6 +275,18 @@ def run_with_aborts(llm: Any, asks: Sequence[Ask], seed: int) -> dict[str, Any]:
         "during_load": during_load,
         "tokens": {int(name): stepper.tokens[name] for name in stepper.finished - aborted},
     }
+
+
+def abort_after_steps(llm: Any, ask: Ask, steps: int) -> Seen:
+    """Abort the only request after so many steps, and take two more."""
+    stepper = Stepper(llm)
+    stepper.add("aborted", ask)
+    for _ in range(steps):
+        stepper.step()
+    stepper.abort("aborted")
+    for _ in range(2):
+        stepper.step()
+    return observe(llm)
 
 
 def run_with_resets(

@@ -23,7 +23,9 @@ BASE = "distributed/kv_transfer/kv_connector/v1/base.py"
 
 # Hooks that came later: the first version that has them. An older vLLM never calls them.
 SINCE = {"requires_kv_delivery": (0, 27), "get_transfer_results": (0, 30)}
-# The same for names imported inside functions.
+# Hooks that are gone: the last version that has them. A newer vLLM never calls them.
+UNTIL = {"prefer_cross_layer_blocks": (0, 28), "register_cross_layers_kv_cache": (0, 28)}
+# The first version of names imported inside functions.
 IMPORTED_SINCE = {"KVConnectorTransferResults": (0, 30)}
 # Public names of our class that are not vLLM's.
 OWN = {"turn_off"}
@@ -35,6 +37,8 @@ USED = [
      "preempted_req_ids"),
     ("v1/core/sched/output.py", "CachedRequestData", "req_ids new_block_ids resumed_req_ids"),
     ("v1/core/sched/output.py", "NewRequestData", "req_id"),
+    ("forward_context.py", "ForwardContext", "attn_metadata cudagraph_runtime_mode"),
+    ("config/compilation.py", "CUDAGraphMode", "NONE PIECEWISE FULL"),
     ("v1/outputs.py", "KVConnectorOutput", "kv_connector_worker_meta finished_recving"),
     ("v1/core/block_pool.py", "BlockPool", "blocks touch free_blocks reset_prefix_cache"),
     ("v1/core/kv_cache_utils.py", "KVCacheBlock", "is_null ref_cnt"),
@@ -165,7 +169,9 @@ def test_every_hook_exists(tree: Tree) -> None:
     base = classes(tree.parse(BASE))
     theirs = methods(base["KVConnectorBase_V1"]) | methods(base["SupportsHMA"])
     missing = {name for name in our_hooks() if name not in theirs} - OWN
-    assert missing == {name for name, since in SINCE.items() if tree.version < since}
+    assert missing == {name for name, since in SINCE.items() if tree.version < since} | {
+        name for name, until in UNTIL.items() if tree.version > until
+    }
 
 
 def test_signatures_are_compatible(tree: Tree) -> None:
@@ -189,6 +195,77 @@ def test_signatures_are_compatible(tree: Tree) -> None:
         if not fits:
             wrong[name] = (accepted, called)
     assert wrong == {}
+
+
+def test_hooks_are_called_as_we_define_them(tree: Tree) -> None:
+    """A property is no method, and a class method has no object."""
+
+    def kind(item: ast.FunctionDef) -> set[str]:
+        return {ast.unparse(decorator) for decorator in item.decorator_list} & {
+            "property",
+            "classmethod",
+            "staticmethod",
+        }
+
+    base = classes(tree.parse(BASE))
+    theirs = methods(base["KVConnectorBase_V1"]) | methods(base["SupportsHMA"])
+    ours = {name: item for name, item in our_hooks().items() if name in theirs}
+    assert {name: kind(item) for name, item in ours.items()} == {name: kind(theirs[name]) for name in ours}
+    assert kind(ours["get_required_kvcache_layout"]) == {"classmethod"}
+
+
+@pytest.mark.parametrize(
+    ("path", "operation"),
+    [
+        ("attention.py", "unified_attention_with_output"),
+        ("mla_attention.py", "unified_mla_attention_with_output"),
+    ],
+)
+def test_attention_announces_each_layer(tree: Tree, path: str, operation: str) -> None:
+    """A load inside a step relies on it: what a layer reads has to be there when it is announced."""
+    folder = "model_executor/layers/attention"
+    functions = {
+        node.name: node
+        for file in (path, "kv_transfer_utils.py")
+        for node in tree.parse(f"{folder}/{file}").body
+        if isinstance(node, ast.FunctionDef)
+    }
+    decorators = [ast.unparse(decorator) for decorator in functions[operation].decorator_list]
+    assert decorators[-1] == "maybe_transfer_kv_layer"
+    announced = ast.unparse(functions["maybe_transfer_kv_layer"])
+    at = announced.index("connector.wait_for_layer_load(layer_name)")
+    assert at < announced.index("result = func(*args, **kwargs)")
+
+
+def test_loads_inside_a_step_are_started_before_its_forward_pass(tree: Tree) -> None:
+    """Newer versions start only the loads that requests wait for after it."""
+    output = classes(tree.parse("v1/core/sched/output.py"))["SchedulerOutput"]
+    runner = classes(tree.parse("v1/worker/kv_connector_model_runner_mixin.py"))
+    source = ast.unparse(methods(runner["KVConnectorModelRunnerMixin"])["_get_kv_connector_output"])
+    before, _ = source.split("yield output")
+    assert "kv_connector.start_load_kv(get_forward_context())" in before
+    if "has_sync_kv_loads" in attributes(output):
+        assert "if not start_after_forward:" in before
+        assert "start_after_forward = not scheduler_output.has_sync_kv_loads" in before
+
+
+def test_the_layout_that_is_wanted_exists(tree: Tree) -> None:
+    if tree.version < (0, 29):
+        pytest.skip("asks for a layout by another name")
+    names = attributes(classes(tree.parse("v1/kv_cache_layout.py"))["KVCacheLayout"])
+    assert "BLHNC" in names
+    assert "VLLM_KV_CACHE_LAYOUT" in (tree.root / "vllm" / "envs.py").read_text()
+
+
+def test_what_layers_in_one_tensor_need_exists(tree: Tree) -> None:
+    if tree.version > (0, 28):
+        pytest.skip("has no such tensors")
+    interface = classes(tree.parse("v1/kv_cache_interface.py"))
+    assert "kv_cache_tensors" in attributes(interface["KVCacheConfig"])
+    assert "shared_by" in attributes(interface["KVCacheTensor"])
+    backend = methods(classes(tree.parse("v1/attention/backend.py"))["AttentionBackend"])
+    accepted = [argument.arg for argument in backend["get_kv_cache_stride_order"].args.args]
+    assert accepted == ["include_num_layers_dimension"]
 
 
 def test_all_abstract_methods_are_there(tree: Tree) -> None:

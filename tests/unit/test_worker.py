@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from kvbm.errors import LostLoadError
 from kvbm.logic.operations import Completion, Direction, Failure, Operation
 from kvbm.runtime.worker import Worker
 from kvbm.transfer.arena import HostArena
@@ -43,10 +44,14 @@ class Gate:
 
 class FakeInStepLoad(InStepLoad):
     over = False
+    raises: Exception | None = None
 
-    def before_layer(self, name: str) -> None: ...
+    def before_layer(self, name: str) -> None:
+        if self.raises is not None:
+            raise self.raises
 
-    def before_all(self) -> None: ...
+    def before_all(self) -> None:
+        self.before_layer("")
 
     @property
     def is_over(self) -> bool:
@@ -66,6 +71,7 @@ class FakeEngine(CopyEngine):
         self.afters: list[object] = []
         self.start_raises: Exception | None = None
         self.transfers: list[FakeInStepLoad] = []
+        self.in_step_loads: list[FakeInStepLoad] = []
         self.ready: int | None = None
 
     def fence(self) -> object:
@@ -112,7 +118,8 @@ class FakeEngine(CopyEngine):
         self.calls.append(("in step", device_blocks.tolist(), host_slots.tolist()))
         if self.start_raises is not None:
             raise self.start_raises
-        return FakeInStepLoad()
+        self.in_step_loads.append(FakeInStepLoad())
+        return self.in_step_loads[-1]
 
     @property
     def ready_slots(self) -> int | None:
@@ -369,10 +376,9 @@ def device() -> Iterator[Setup]:
 
 
 def in_step(s: Setup, *operations: Operation) -> list[FakeInStepLoad]:
-    loads, lost = s.worker.start_in_step(operations)
-    assert len(loads) + len(lost) == len(operations)
-    assert all(isinstance(load, FakeInStepLoad) for load in loads)
-    return loads  # type: ignore[return-value]
+    """The engine's loads behind those that the worker hands out."""
+    s.worker.start_in_step(operations)
+    return s.engine.in_step_loads[-len(operations) :]
 
 
 def test_the_device_copies_without_threads() -> None:
@@ -458,36 +464,45 @@ def test_a_load_inside_a_step_is_complete_when_it_is_over() -> None:
         s.quiet()
 
 
-def test_a_load_inside_a_step_that_cannot_start() -> None:
+def test_a_load_inside_a_step_that_cannot_start_is_made_at_once() -> None:
+    """The engine computes on it already: it can't become a miss."""
     with device() as s:
+        s.engine.arena.records()[[0, 1]] = 7
         s.engine.start_raises = RuntimeError("broken")
-        assert in_step(s, s.order(ONBOARD, [0, 1], [0, 1])) == []
-        assert [summary(c) for c in s.worker.poll()] == [(1, [0, 1], Failure.ERROR, True)]
+        (load,) = s.worker.start_in_step([s.order(ONBOARD, [2, 3], [0, 1])])
+        assert (s.engine.device[[2, 3]] == 7).all()
+        load.before_layer("any")
+        load.before_all()
+        assert [summary(c) for c in s.worker.poll()] == [(1, [], Failure.NONE, True)]
         s.quiet()
 
 
-def test_a_load_inside_a_step_of_a_slot_that_is_not_there() -> None:
+@pytest.mark.parametrize("call", ["before_layer", "before_all"])
+def test_a_load_inside_a_step_that_breaks_is_made_at_once(call: str) -> None:
     with device() as s:
-        assert in_step(s, s.order(ONBOARD, [0, 1], [3, -1])) == []
+        s.engine.arena.records()[[0, 1]] = 7
+        (load,) = s.worker.start_in_step([s.order(ONBOARD, [2, 3], [0, 1])])
+        s.engine.in_step_loads[0].raises = RuntimeError("broken")
+        assert not load.is_over
+        load.before_layer("any") if call == "before_layer" else load.before_all()
+        assert (s.engine.device[[2, 3]] == 7).all()
+        assert [summary(c) for c in s.worker.poll()] == [(1, [], Failure.NONE, True)]
+        s.quiet()
+
+
+def test_a_load_inside_a_step_that_cannot_be_made_in_any_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    with device() as s:
+        with pytest.raises(LostLoadError, match="not in the host tier"):
+            s.worker.start_in_step([s.order(ONBOARD, [0, 1], [3, -1])])
         assert s.engine.calls == []
-        assert [summary(c) for c in s.worker.poll()] == [(1, [0, 1], Failure.ERROR, True)]
-        s.quiet()
 
+        def onboard(*args: object) -> None:
+            raise RuntimeError("lost")
 
-def test_every_load_inside_a_step_is_answered_when_one_cannot_start() -> None:
-    """The leader keeps the slots of what is not reported until its deadline is long over."""
-    with device() as s:
-        orders = [s.order(ONBOARD, [i], [slot]) for i, slot in enumerate([0, -1, 2])]
-        assert len(in_step(s, *orders)) == 2
-        for task in s.worker._transfers:
-            assert isinstance(task.transfer, FakeInStepLoad)
-            task.transfer.over = True
-        completions = {c.operation_id: c for c in s.worker.poll()}
-        assert set(completions) == {1, 2, 3}
-        started = {blocks[0] for _, blocks, _ in s.engine.calls}
-        for id_, completion in completions.items():  # what was not started has not succeeded
-            assert completion.reason or id_ - 1 in started
-        s.quiet()
+        s.engine.start_raises = RuntimeError("broken")
+        monkeypatch.setattr(s.engine, "onboard", onboard)
+        with pytest.raises(LostLoadError, match="lost"):
+            s.worker.start_in_step([s.order(ONBOARD, [0, 1], [0, 1])])
 
 
 @pytest.mark.parametrize(("checksum", "by_itself"), [(True, True), (True, False), (False, False)])
@@ -496,8 +511,8 @@ def test_no_loads_inside_a_step_otherwise(checksum: bool, by_itself: bool) -> No
     with setup(checksum=checksum, by_itself=by_itself) as s:
         assert not s.worker.loads_in_step
         assert len(s.worker._threads) == 2
-        assert in_step(s, s.order(ONBOARD, [0], [0])) == []
-        assert [summary(c) for c in s.worker.poll()] == [(1, [0], Failure.ERROR, True)]
+        with pytest.raises(LostLoadError):
+            s.worker.start_in_step([s.order(ONBOARD, [0], [0])])
 
 
 def test_completions_outlive_a_device_that_cannot_be_asked() -> None:

@@ -394,8 +394,15 @@ class Planner:
             self.stats.onboarded_blocks += len(slots) - failed
             if failed:
                 # A request gets one chance: offering it what is left could go on for ever.
-                in_flight.members[0][0].load_failed = True
-                self._drop(in_flight.failed_slots)
+                request = in_flight.members[0][0]
+                request.load_failed = True
+                lost = in_flight.failed_slots
+                if operation.in_step:
+                    # What was computed on these blocks, and is stored or about to be, is wrong as well.
+                    request.failures = MAX_FAILURES
+                    first = np.flatnonzero(np.isin(request.chain.rows, lost))
+                    lost = np.union1d(lost, request.chain.rows[first[0] :] if len(first) else lost)
+                self._drop(lost)
             slots = slots[slots >= 0]
         self.pool.release(slots)
         for request, _ in in_flight.members:

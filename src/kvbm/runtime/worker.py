@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from kvbm.errors import LostLoadError
 from kvbm.logic.operations import BlockIds, Completion, Direction, Failure, Operation
 from kvbm.transfer.copy import CopyEngine, InStepLoad, Transfer
 from kvbm.transfer.records import HostRecords
@@ -22,6 +23,53 @@ from kvbm.transfer.records import HostRecords
 logger = logging.getLogger(__name__)
 
 _NONE_FAILED = np.empty(0, np.int32)
+
+
+class _CertainLoad(InStepLoad):
+    """A load that the engine computes on already, so that it can't become a miss any more.
+
+    vLLM's asynchronous scheduler has planned the next step by the time it would hear of a failure, and would
+    give out its token. So whatever goes wrong, the bytes are copied before the forward pass goes on, with the
+    engine waiting; LostLoadError where even that is impossible, as after the loss of the device.
+    """
+
+    def __init__(self, engine: CopyEngine, operation: Operation) -> None:
+        self._engine = engine
+        self._operation = operation
+        self._load: InStepLoad | None = None
+        if (operation.host_slots < 0).any():
+            raise LostLoadError("KVBM: a block that the engine was promised is not in the host tier.")
+        try:
+            self._load = engine.start_in_step(operation.device_blocks, operation.host_slots)
+        except Exception:
+            self._copy_now()
+
+    def before_layer(self, name: str) -> None:
+        if self._load is not None:
+            try:
+                self._load.before_layer(name)
+            except Exception:
+                self._copy_now()
+
+    def before_all(self) -> None:
+        if self._load is not None:
+            try:
+                self._load.before_all()
+            except Exception:
+                self._copy_now()
+
+    @property
+    def is_over(self) -> bool:
+        return self._load is None or self._load.is_over
+
+    def _copy_now(self) -> None:
+        logger.exception("KVBM: a load inside a step failed and is made again; the engine waits for it")
+        self._load = None
+        operation, engine = self._operation, self._engine
+        try:
+            engine.onboard(operation.device_blocks, operation.host_slots, engine.fence())
+        except Exception as error:
+            raise LostLoadError(f"KVBM: a load that the engine counts on can't be made: {error}") from error
 
 
 class _Task:
@@ -87,31 +135,21 @@ class Worker:
                 with self._lock:
                     self._finish(task, operation.positions, Failure.ERROR)
 
-    def start_in_step(self, operations: Iterable[Operation]) -> tuple[list[InStepLoad], list[Operation]]:
+    def start_in_step(self, operations: Iterable[Operation]) -> list[InStepLoad]:
         """Start loads that the forward pass about to be launched is ordered behind.
 
-        Returns them, and the operations that could not be started.
+        The one place where an engine may have to wait, or to be stopped by LostLoadError: see _CertainLoad.
         """
+        if self._device_engine is None:
+            raise LostLoadError("KVBM: this worker has no loads inside a step.")
         loads: list[InStepLoad] = []
-        lost: list[Operation] = []
         for operation in operations:
+            load = _CertainLoad(self._device_engine, operation)
             task = self._add(operation, None)
-            try:
-                if self._device_engine is None or (operation.host_slots < 0).any():
-                    raise LookupError("a load inside a step is not possible, or lacks a block")
-                task.transfer = load = self._device_engine.start_in_step(
-                    operation.device_blocks, operation.host_slots
-                )
-            except Exception:
-                logger.exception("KVBM: a load inside a step could not be started")
-                with self._lock:
-                    self._finish(task, operation.positions, Failure.ERROR)
-                lost.append(operation)
-                continue
-            task.running = True
+            task.transfer, task.running = load, True
             self._transfers.append(task)
             loads.append(load)
-        return loads, lost
+        return loads
 
     @property
     def loads_in_step(self) -> bool:

@@ -23,6 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvbm.config import Config, load_config
+from kvbm.errors import LostLoadError
 from kvbm.runtime.messages import StepOrders, WorkerReport
 from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.scheduler import SchedulerSide, make_scheduler_side
@@ -55,13 +56,18 @@ class KvbmWorkerMetadata(KVConnectorWorkerMetadata):
 
 
 def _never_raises(default: Callable[[], Any]) -> Callable[[Callable[..., _T]], Callable[..., _T]]:
-    """An error of ours is logged, caching goes off, and vLLM gets the answer of an empty cache."""
+    """An error of ours is logged, caching goes off, and vLLM gets the answer of an empty cache.
+
+    But a load that vLLM computes on and that can't be made stops it, rather than let it say something wrong.
+    """
 
     def decorate(hook: Callable[..., _T]) -> Callable[..., _T]:
         @functools.wraps(hook)
         def guarded(self: "KvbmConnector", *args: Any, **kwargs: Any) -> _T:
             try:
                 return hook(self, *args, **kwargs)
+            except LostLoadError:
+                raise
             except Exception:
                 logger.exception("KVBM: internal error in %s; caching is off from here on", hook.__name__)
                 self.turn_off(f"internal error in {hook.__name__}")

@@ -30,7 +30,8 @@ class SchedulerSide:
         self._refused: set[str] = set()
         self._offered: dict[str, tuple[int, bool]] = {}  # last offer to vLLM: first block, inside the step?
         self._loading: set[str] = set()  # waiting for their load
-        self._running: set[str] = set()  # in the last step, or in the one that is being made
+        # Whom the engine is busy with: of the last step, and already chosen for the one being made.
+        self._running: set[str] = set()
         self._block_pool: Any = None
         self._held: Counter[int] = Counter()  # device blocks that offloads of finished requests read
 
@@ -52,14 +53,14 @@ class SchedulerSide:
         first = num_computed_tokens // self._block_size
         if request.skip_reading_prefix_cache:
             return 0, False
-        blocks = leader.match(request.request_id, first)
-        if (first + blocks) * self._block_size >= request.num_tokens:
-            blocks -= 1  # a step has to compute at least one token; the last block costs it no more
+        # A step has to compute at least one token, and a whole block costs it no more.
+        useful = (request.num_tokens - 1) // self._block_size - first
+        blocks = max(0, min(leader.match(request.request_id, first), useful))
         # An engine that has nothing else to do may as well start on the request while it is loaded. All
         # others would stand still meanwhile, so then the request waits and they go on.
         in_step = leader.loads_in_step and not self._running and not self._loading
         self._offered[request.request_id] = (first, in_step)
-        return max(0, blocks) * self._block_size, blocks > 0 and not in_step
+        return blocks * self._block_size, blocks > 0 and not in_step
 
     def allocated(self, request: Any, device_blocks: Sequence[int], num_external_tokens: int) -> None:
         """vLLM gave the request `device_blocks`, all it has; num_external_tokens are ours to load."""

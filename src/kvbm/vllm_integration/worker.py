@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvbm.config import Config
-from kvbm.errors import LayoutError
+from kvbm.errors import LayoutError, LostLoadError
 from kvbm.logic.operations import Completion, Direction, Failure, Operation
 from kvbm.runtime.messages import StepOrders, WorkerReport
 from kvbm.runtime.worker import Worker
@@ -49,7 +49,7 @@ class WorkerSide:
         self._orders = StepOrders()
         self._loads: dict[int, Operation] = {}  # of requests that wait for them
         self._in_step: list[InStepLoad] = []  # that the forward pass under way reads
-        self._lost_in_step: set[int] = set()  # device blocks
+        self._unannounced: set[str] = set()  # layers whose forward pass has not called `before_layer` yet
         self._completions: list[Completion] = []
         self._lost: list[Completion] = []
         self._num_slots = 0
@@ -64,6 +64,7 @@ class WorkerSide:
         try:
             self._worker = _make_worker(kv_caches, self._shape, slots, self._config)
             self._num_slots = slots
+            self._unannounced = set(kv_caches)
         except LayoutError as error:
             self._refused = str(error)
 
@@ -90,6 +91,8 @@ class WorkerSide:
         self._submit(Direction.ONBOARD)
 
     def before_layer(self, name: str) -> None:
+        if self._unannounced:
+            self._unannounced.discard(name)
         for load in self._in_step:
             load.before_layer(name)
 
@@ -110,11 +113,9 @@ class WorkerSide:
 
     def _start_in_step(self, operations: list[Operation], by_layer: bool) -> None:
         if self._worker is None:
-            return
-        self._in_step, lost = self._worker.start_in_step(operations)
-        for operation in lost:
-            self._lost_in_step.update(operation.device_blocks.tolist())
-        if not by_layer:
+            raise LostLoadError("KVBM: a load inside a step was ordered where nothing is cached.")
+        self._in_step = self._worker.start_in_step(operations)
+        if not by_layer or self._unannounced:  # some attention layers don't tell the connector
             for load in self._in_step:
                 load.before_all()
 
@@ -140,7 +141,6 @@ class WorkerSide:
         snapshot = Snapshot()
         if self._worker is None:
             return snapshot
-        snapshot.failed_blocks, self._lost_in_step = self._lost_in_step, set()
         completions, self._lost = self._lost + self._worker.poll(), []
         for completion in completions:
             self._completions.append(completion)
