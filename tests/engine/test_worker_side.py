@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvbm.config import load_config
-from kvbm.errors import LostLoadError
+from kvbm.errors import CapacityError, LostLoadError
 from kvbm.logic.operations import Direction, Failure, Operation
 from kvbm.runtime.messages import StepOrders
 from kvbm.vllm_integration import worker as worker_module
@@ -242,3 +242,29 @@ def test_not_with_checksums(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_default_on_cpus_is_with_checksums() -> None:
     config = load_config(environ={}, host__num_blocks=SLOTS)
     assert config.host.checksum is None
+
+
+@pytest.mark.parametrize(
+    ("error", "stops"), [(CapacityError("too big"), True), (RuntimeError("no such call"), False)]
+)
+def test_a_copy_engine_that_can_not_be_made(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, stops: bool
+) -> None:
+    """A machine without the memory that was asked for is the user's to mend; all else means: not cached."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(worker_module, "make_copy_engine", fail)
+    monkeypatch.setattr(worker_module, "geometry", lambda *_: Geometry(4, 48, BLOCKS, 1))
+    config = load_config(environ={}, host__num_blocks=SLOTS)
+    side = WorkerSide(SimpleNamespace(parallel_config=SimpleNamespace(rank=0)), None, config)
+    caches = {name: torch.zeros(SHAPE, dtype=torch.uint8) for name in NAMES}
+    if stops:
+        with pytest.raises(CapacityError):
+            side.register(caches)
+    else:
+        side.register(caches)
+        report = side.report()
+        assert report is not None
+        assert "no such call" in str(report.refused)

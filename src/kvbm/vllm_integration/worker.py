@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvbm.config import Config
-from kvbm.errors import LayoutError, LostLoadError
+from kvbm.errors import CapacityError, LayoutError, LostLoadError
 from kvbm.logic.operations import Completion, Direction, Failure, Operation
 from kvbm.runtime.messages import StepOrders, WorkerReport
 from kvbm.runtime.worker import Worker
@@ -67,6 +67,11 @@ class WorkerSide:
             self._unannounced = set(kv_caches)
         except LayoutError as error:
             self._refused = str(error)
+        except CapacityError:
+            raise  # the user asked for what this machine does not have
+        except Exception as error:  # a driver without a call that we need, for one
+            logger.exception("KVBM: the KV cache can't be copied")
+            self._refused = f"the KV cache can't be copied: {error}"
 
     # ---- a step ----
 

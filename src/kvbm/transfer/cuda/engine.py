@@ -6,6 +6,7 @@ each piece; a kernel that reads or writes pinned memory needs none of that and r
 PCIe 5); staged reaches 97 % with every layout, at the price of a little device memory.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ _IN_STEP_GROUPS = 8  # of layers: a load inside a step signals each when it has 
 _CALIBRATED_COUNTS = (1, 8, 32, 256)
 
 Indices = NDArray[np.integer]
+
+logger = logging.getLogger(__name__)
 
 
 class CudaCopyEngine(CopyEngine):
@@ -80,6 +83,7 @@ class CudaCopyEngine(CopyEngine):
             raise CapacityError(
                 f"CUDA can't pin host memory: {error}. Raise the locked-memory limit (ulimit -l)."
             ) from error
+        self._can_launch = self._try_kernel()
         self._methods = self._choose_methods(method)
 
     copies_by_itself = True
@@ -236,9 +240,17 @@ class CudaCopyEngine(CopyEngine):
             torch.cuda.set_device(self._device)
             driver.enter_thread(self._context)
 
-    @property
-    def _can_launch(self) -> bool:
-        return kernel is not None and self._pieces.aligned(kernel.ALIGNMENT)
+    def _try_kernel(self) -> bool:
+        """Whether the kernel works here. It is compiled when first launched: not in the middle of a step."""
+        if kernel is None or not self._pieces.aligned(kernel.ALIGNMENT):
+            return False
+        try:
+            for direction in ("offload", "onboard"):
+                self._calibration_copy(direction, Method.KERNEL, 1)
+        except Exception as error:  # Triton needs a C compiler, for one
+            logger.warning("KVBM: blocks are copied without a kernel, more slowly: %s", error)
+            return False
+        return True
 
     def _launch(
         self,
@@ -278,8 +290,6 @@ class CudaCopyEngine(CopyEngine):
 
     def _choose_methods(self, wanted: Method | None) -> MethodTable:
         methods = list(Method) if self._can_launch else [Method.DMA]
-        if self._can_launch:  # a kernel is compiled when it is first launched: not in the middle of a step
-            self._calibration_copy("onboard", Method.KERNEL, 1)
         if wanted is not None and wanted in methods:
             return always(wanted)
         if len(methods) == 1 or self._pieces.contiguous:
