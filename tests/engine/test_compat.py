@@ -34,7 +34,7 @@ def context(metadata: Any, mode: str | None) -> SimpleNamespace:
         ({"layer": object()}, "PIECEWISE", True),
         ({"layer": object()}, "NONE", True),
         ({"layer": object()}, None, True),
-        ([{"layer": object()}], "NONE", True),  # two batches at once
+        ([{"layer": object()}], "NONE", False),  # two halves of a batch, each on a stream of its own
     ],
 )
 def test_calls_layer_hooks(metadata: Any, mode: str | None, calls: bool) -> None:

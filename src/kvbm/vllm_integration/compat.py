@@ -59,7 +59,9 @@ def layers_of(kv_cache: Any, attn_backend: Any, kv_cache_config: Any) -> dict[st
 def calls_layer_hooks(forward_context: Any) -> bool:
     """Whether the forward pass will call the connector at each layer: not when it is one CUDA graph."""
     mode = getattr(forward_context, "cudagraph_runtime_mode", None)
-    return bool(getattr(forward_context, "attn_metadata", None)) and getattr(mode, "name", "NONE") != "FULL"
+    metadata = getattr(forward_context, "attn_metadata", None)
+    # A list: two halves of the batch run on streams of their own, and each layer is announced twice.
+    return isinstance(metadata, dict) and bool(metadata) and getattr(mode, "name", "NONE") != "FULL"
 
 
 def hold_blocks(block_pool: Any, block_ids: Iterable[int]) -> None:
