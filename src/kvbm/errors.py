@@ -29,5 +29,13 @@ class UsageError(KvbmError):
     """The library was called in a way that its contract forbids."""
 
 
+class StorageError(KvbmError):
+    """A storage tier can't be used, or one of its transfers failed."""
+
+
+class DamagedRecordError(StorageError):
+    """A stored record is not what was written."""
+
+
 class LostLoadError(KvbmError):
     """The engine computes on a load that can't be made in any way: its output would be wrong."""

@@ -1,0 +1,223 @@
+"""Container files: the pre-allocated files that hold the records of one rank, in one or several directories.
+
+Records are dealt out over files in turn, as writes to one file wait for its inode's lock. A file has its full
+size from the start and never grows. It begins with a page that says what it is, and a slot is a header page
+and the record, both aligned for O_DIRECT.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import logging
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kvbm.errors import CapacityError, StorageError
+from kvbm.storage.record import FORMAT, HEADER_BYTES
+
+logger = logging.getLogger(__name__)
+
+PAGE = HEADER_BYTES
+FILES_PER_DIRECTORY = 4
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_MAGIC = b"KVBMFILE"
+_TITLE = struct.Struct("<8sIIIQQ")  # magic, format, file number, files, slots in all, stride
+_ZEROS = 8 << 20  # bytes written at once where a file must be filled with zeros
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """How files are made. See the settings of the same names in kvbm.config."""
+
+    zerofill_fallback: bool = False
+    o_direct: bool = True
+    open_direct: bool = False  # O_DIRECT when the file is opened, not afterwards
+    min_free_bytes: int = 0
+
+
+def stride_of(slot_bytes: int) -> int:
+    """Bytes that a record takes on disk, given those that it takes in an arena."""
+    return HEADER_BYTES + slot_bytes
+
+
+def paths_of(folders: Sequence[Path]) -> list[Path]:
+    """The container files of a store, in the order of their numbers."""
+    count = FILES_PER_DIRECTORY * len(folders)
+    return [folders[i % len(folders)] / f"records-{i:02d}.kvbm" for i in range(count)]
+
+
+def size_of(number: int, files: int, num_slots: int, stride: int) -> int:
+    """Bytes of container file `number`."""
+    return PAGE + stride * (num_slots // files + (number < num_slots % files))
+
+
+def ensure_room(folders: Sequence[Path], num_slots: int, stride: int, min_free_bytes: int) -> None:
+    """Make the folders; CapacityError where they can't be made or their drives lack the room.
+
+    What the files of an earlier run occupy counts as room.
+    """
+    needed: dict[int, int] = {}
+    free: dict[int, int] = {}
+    paths = paths_of(folders)
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            stat = os.statvfs(folder)
+            if stat.f_flag & os.ST_RDONLY:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            free[folder.stat().st_dev] = stat.f_bavail * stat.f_frsize
+        except OSError as error:
+            raise CapacityError(
+                f"The disk cache can't be kept in {folder}: {error.strerror}. Name another directory with "
+                f"DYN_KVBM_DISK_CACHE_DIR."
+            ) from error
+    for number, path in enumerate(paths):
+        device = path.parent.stat().st_dev
+        needed[device] = needed.get(device, 0) + size_of(number, len(paths), num_slots, stride)
+        with contextlib.suppress(FileNotFoundError):
+            free[device] += path.stat().st_blocks * 512
+    for folder in folders:
+        device = folder.stat().st_dev
+        if needed[device] + min_free_bytes > free[device]:
+            raise CapacityError(
+                f"The disk cache needs {needed[device] / 1e9:.2f} GB in {folder} and leaves "
+                f"{min_free_bytes / 1e9:.2f} GB free, but only {free[device] / 1e9:.2f} GB are to be had. "
+                f"Lower DYN_KVBM_DISK_CACHE_GB (or KVBM_DISK_MIN_FREE_GB), or name another directory with "
+                f"DYN_KVBM_DISK_CACHE_DIR."
+            )
+
+
+class Containers:
+    """The open files. Those of another size or geometry are made anew; StorageError where that fails."""
+
+    def __init__(self, folders: Sequence[Path], num_slots: int, slot_bytes: int, how: Allocation) -> None:
+        self.stride = stride_of(slot_bytes)
+        self.num_slots = num_slots
+        self.kept = True  # all files are those of an earlier run
+        self.direct = how.o_direct
+        self.sparse = False  # the file system may run out of room while records are written
+        self.fds: list[int] = []
+        self._folders = folders
+        self._how = how
+        paths = paths_of(folders)
+        try:
+            for number, path in enumerate(paths):
+                title = _TITLE.pack(_MAGIC, FORMAT, number, len(paths), num_slots, self.stride)
+                size = size_of(number, len(paths), num_slots, self.stride)
+                self.fds.append(self._open(path, title, size))
+        except OSError as error:
+            self.close()
+            raise StorageError(f"{path} can't be prepared: {error.strerror or error}") from error
+
+    def place(self, slot: int) -> tuple[int, int, int]:
+        """Number of the file, its descriptor and the offset of a slot's header."""
+        number = slot % len(self.fds)
+        return number, self.fds[number], PAGE + slot // len(self.fds) * self.stride
+
+    @property
+    def free_bytes(self) -> int:
+        """Least room left on any of the drives."""
+        stats = [os.statvfs(folder) for folder in self._folders]
+        return min(stat.f_bavail * stat.f_frsize for stat in stats)
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+    # ---- opening ----
+
+    def _open(self, path: Path, title: bytes, size: int) -> int:
+        if not _is_intact(path, title, size):
+            self.kept = False
+            # A new file takes the name when it is whole: a crash leaves the old one or none.
+            fresh = path.with_suffix(".new")
+            path.unlink(missing_ok=True)
+            self._make(fresh, title, size)
+            os.replace(fresh, path)
+        self.sparse |= path.stat().st_blocks * 512 < size
+        flags = os.O_RDWR | os.O_CLOEXEC
+        if self.direct and self._how.open_direct:
+            try:
+                return self._probed(os.open(path, flags | os.O_DIRECT), path)
+            except OSError as error:
+                self._without_direct(path, error)
+        fd = os.open(path, flags)
+        if self.direct:
+            try:
+                fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+                return self._probed(fd, path)
+            except OSError as error:
+                self._without_direct(path, error)
+                fd = os.open(path, flags)
+        return fd
+
+    def _probed(self, fd: int, path: Path) -> int:
+        """The descriptor, if a page can be read and written through it as records will be; else OSError."""
+        with mmap.mmap(-1, PAGE) as page:
+            try:
+                if os.preadv(fd, [page], 0) != PAGE or os.pwritev(fd, [page], 0) != PAGE:
+                    raise OSError(errno.EIO, f"{path}: a page could not be read and written whole")
+            except OSError:
+                os.close(fd)
+                raise
+        return fd
+
+    def _without_direct(self, path: Path, error: OSError) -> None:
+        if error.errno != errno.EINVAL:
+            raise error
+        logger.warning("%s: no O_DIRECT here; records go through the page cache", path)
+        self.direct = False
+
+    def _make(self, path: Path, title: bytes, size: int) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            self._allocate(fd, path, size)
+            os.pwrite(fd, title.ljust(PAGE, b"\0"), 0)
+            os.fsync(fd)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+
+    def _allocate(self, fd: int, path: Path, size: int) -> None:
+        # Not os.posix_fallocate: where the file system can't, it writes the file full, asked or not.
+        status = _libc.fallocate(fd, 0, ctypes.c_long(0), ctypes.c_long(size))
+        code = ctypes.get_errno() if status else 0
+        if code and code not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise OSError(code, os.strerror(code))
+        if not code:
+            return
+        if self._how.zerofill_fallback:
+            logger.warning("%s: no fallocate here; the file is filled with zeros", path)
+            zeros = np.zeros(_ZEROS, np.uint8)
+            for start in range(0, size, _ZEROS):
+                part = zeros[: min(_ZEROS, size - start)]
+                if os.pwrite(fd, part.data, start) != len(part):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        else:
+            logger.warning(
+                "%s: no fallocate here; the file is sparse, and room may lack later "
+                "(DYN_KVBM_DISK_ZEROFILL_FALLBACK=1 takes it now)",
+                path,
+            )
+            os.ftruncate(fd, size)
+
+
+def _is_intact(path: Path, title: bytes, size: int) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(title)) == title and os.fstat(file.fileno()).st_size == size
+    except OSError:
+        return False

@@ -1,0 +1,273 @@
+"""Records on local disks: container files, an index, and checks of every byte that comes back.
+
+The order of writes is what makes it safe to kill the process or cut the power at any moment: the entry is
+marked pending, the record is written, and only when the drive has confirmed it (`commit`) is the entry marked
+stored. Whatever the index says, a record is served only if its header names this store, this slot and this
+block, and its bytes have the header's checksum.
+"""
+
+import contextlib
+import fcntl
+import logging
+import mmap
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from kvbm.errors import DamagedRecordError, StorageError
+from kvbm.storage.containers import Allocation, Containers
+from kvbm.storage.file_io import FileIo, PosixFileIo
+from kvbm.storage.index_file import IndexFile, State
+from kvbm.storage.record import HEADER_BYTES, Header, decode_header, encode_header
+from kvbm.storage.store import Bytes, Found, Identity, Key, RecordStore
+
+logger = logging.getLogger(__name__)
+
+_SCAN_THREADS = 32  # headers are 4 KiB reads: a drive answers many at once
+
+
+class DiskStore(RecordStore):
+    """Records in container files of `folders`, the first of which also has the index and the lock.
+
+    memory: the arena that records are read into and written from. patience_s: how long a lock that another
+    process holds is waited for; then StorageError.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        identity: Identity,
+        num_slots: int,
+        memory: NDArray[np.uint8],
+        *,
+        slot_bytes: int,
+        io: FileIo | None = None,
+        how: Allocation | None = None,
+        threads: int = 16,
+        patience_s: float = 0.0,
+    ) -> None:
+        self.num_slots = num_slots
+        self._identity = identity
+        self._io = io or PosixFileIo()
+        self._how = how or Allocation()
+        self._pages = _Pages(threads + _SCAN_THREADS)
+        self._io.attach(memory)
+        self._io.attach(self._pages.memory)
+        self._lock = threading.Lock()
+        self._committing = threading.Lock()
+        self._written: list[Header] = []  # since the last commit
+        self._sequence = 0
+        self._room = True
+        self._guard = _lock_folder(folders[0], patience_s)
+        try:
+            self._containers = Containers(folders, num_slots, slot_bytes, self._how)
+            self._index = IndexFile(folders[0] / "index.kvbm", identity, num_slots, self._io)
+        except BaseException:
+            os.close(self._guard)
+            raise
+
+    @property
+    def direct(self) -> bool:
+        """Whether records go by O_DIRECT."""
+        return self._containers.direct
+
+    # ---- RecordStore ----
+
+    def recover(self) -> Found:
+        index = self._index
+        if not self._containers.kept:
+            index.restore([], index.epoch + 1)
+        elif index.unknown:
+            logger.warning(
+                "the index is missing or damaged: reading the headers of %d records", self.num_slots
+            )
+            headers = self._scan(range(self.num_slots))
+            index.restore(headers, max((header.epoch for header in headers), default=0))
+        elif index.fresh:
+            logger.warning("the records here are of another model or geometry and will be overwritten")
+        doubtful = np.flatnonzero(index.entries["state"] == State.PENDING)
+        if len(doubtful):
+            self._resolve(doubtful)
+        entries = index.entries
+        self._sequence = int(entries["sequence"].max(initial=0)) + 1
+        slots = np.flatnonzero(entries["state"] == State.STORED)
+        entries = entries[slots]
+        # Of one minute the last written first, as sequences are written head first and lose their tail first.
+        order = np.lexsort((-entries["sequence"].astype(np.int64), entries["written_at"] // 60))
+        entries, slots = entries[order], slots[order]
+        hashes = np.stack([entries["low"], entries["high"]], axis=1)
+        unique = _distinct(hashes, entries["group"])
+        return Found(slots[unique].astype(np.int32), hashes[unique], entries["group"][unique])
+
+    def write(self, slot: int, key: Key, record: Bytes, checksum: int | None = None) -> None:
+        if not self._room:
+            raise StorageError("the drive has reached its free-space floor")
+        digest = self._digest(record)
+        if checksum is not None and digest != checksum:
+            raise DamagedRecordError("the record changed in host memory since it was written there")
+        with self._lock:
+            self._sequence += 1
+            header = Header(key, slot, self._index.epoch, self._sequence, int(time.time()), digest)
+        self._index.pending(slot, header)
+        _, fd, offset = self._containers.place(slot)
+        with self._pages.one() as page:
+            encode_header(page, self._identity, header)
+            self._io.write(fd, offset, [page, record])
+        with self._lock:
+            if header.epoch != self._index.epoch:
+                raise StorageError("the store was cleared meanwhile")
+            self._written.append(header)
+
+    def read(self, slot: int, key: Key, record: Bytes) -> int:
+        _, fd, offset = self._containers.place(slot)
+        with self._pages.one() as page:
+            self._io.read(fd, offset, [page, record])
+            header = decode_header(page, self._identity)
+        if (header.key, header.slot, header.epoch) != (key, slot, self._index.epoch):
+            raise DamagedRecordError("it is another block's")
+        if self._digest(record) != header.checksum:
+            raise DamagedRecordError("its checksum is wrong")
+        return header.checksum
+
+    def discard(self, slot: int) -> None:
+        self._index.free(slot)
+        _, fd, offset = self._containers.place(slot)
+        with self._pages.one() as page:
+            page[:] = 0
+            self._io.write(fd, offset, [page])
+
+    def clear(self) -> None:
+        with self._lock:
+            self._index.clear()
+            self._written = []
+            # A header of the new epoch, so that a scan knows of it though the index be lost.
+            header = Header(Key(bytes(16)), 0, self._index.epoch, 0, int(time.time()), 0)
+        _, fd, offset = self._containers.place(0)
+        with self._pages.one() as page:
+            encode_header(page, self._identity, header)
+            self._io.write(fd, offset, [page])
+        self._io.sync(fd)
+
+    def commit(self) -> None:
+        with self._committing:
+            with self._lock:
+                written, self._written = self._written, []
+            if written:
+                for fd in {self._containers.place(header.slot)[1] for header in written}:
+                    self._io.sync(fd)
+                self._index.stored([header for header in written if header.epoch == self._index.epoch])
+                self._index.sync()
+        if self._containers.sparse:
+            room = self._containers.free_bytes >= self._how.min_free_bytes
+            if self._room and not room:
+                logger.warning("the drive has reached its free-space floor: nothing more is written")
+            self._room = room
+
+    def close(self) -> None:
+        with contextlib.suppress(StorageError, OSError):
+            self.commit()
+        self._index.close()
+        self._containers.close()
+        self._io.close()
+        os.close(self._guard)
+
+    # ---- inside ----
+
+    def _digest(self, record: Bytes) -> int:
+        return xxhash.xxh3_64_intdigest(record[: self._identity.record_bytes].data)
+
+    def _scan(self, slots: Sequence[int]) -> list[Header]:
+        """Headers of those slots that have a plausible one, of the newest epoch."""
+        with ThreadPoolExecutor(_SCAN_THREADS, "kvbm-scan") as pool:
+            found = [header for header in pool.map(self._header, slots) if header is not None]
+        newest = max((header.epoch for header in found), default=0)
+        return [header for header in found if header.epoch == newest and header.sequence]
+
+    def _header(self, slot: int) -> Header | None:
+        _, fd, offset = self._containers.place(slot)
+        try:
+            with self._pages.one() as page:
+                self._io.read(fd, offset, [page])
+                header = decode_header(page, self._identity)
+        except (StorageError, OSError):
+            return None
+        return header if header.slot == slot else None
+
+    def _resolve(self, slots: NDArray[np.int64]) -> None:
+        """Keep those pending records that were written whole."""
+        size = self._containers.stride - HEADER_BYTES
+        whole = []
+        with mmap.mmap(-1, size) as buffer:
+            record = np.frombuffer(buffer, np.uint8)
+            self._io.attach(record)
+            for slot in slots.tolist():
+                header = self._header(slot)
+                entry = self._index.entries[slot]
+                if header is not None and header.sequence == int(entry["sequence"]):
+                    with contextlib.suppress(StorageError, OSError):
+                        self.read(slot, header.key, record)
+                        whole.append(header)
+                        continue
+                self._index.free(slot)
+            del record
+        self._index.stored(whole)
+        self._index.sync()
+        logger.info("of %d records that were being written %d are whole", len(slots), len(whole))
+
+
+class _Pages:
+    """Aligned header pages, one for each thread that may be at work."""
+
+    def __init__(self, count: int) -> None:
+        self.memory = np.frombuffer(mmap.mmap(-1, count * HEADER_BYTES), np.uint8)
+        self._free = list(self.memory.reshape(count, HEADER_BYTES))
+        self._available = threading.Semaphore(count)
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[Bytes]:
+        with self._available:
+            page = self._free.pop()
+            try:
+                yield page
+            finally:
+                self._free.append(page)
+
+
+def _lock_folder(folder: Path, patience_s: float) -> int:
+    """The descriptor whose lock says that the folder is in use; it goes with the process."""
+    fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.truncate(fd, 0)
+            os.pwrite(fd, f"{os.getppid()}\n".encode(), 0)
+            return fd
+        except OSError as error:
+            if time.monotonic() < end:
+                time.sleep(0.05)
+                continue
+            owner = os.pread(fd, 20, 0).decode(errors="replace").strip()
+            os.close(fd)
+            if not isinstance(error, BlockingIOError):
+                raise StorageError(f"{folder} can't be locked: {error}") from error
+            raise StorageError(
+                f"{folder} is in use by another engine (process {owner}): give each its own "
+                f"DYN_KVBM_DISK_CACHE_DIR"
+            ) from None
+
+
+def _distinct(hashes: NDArray[np.uint64], groups: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Positions of one each of equal keys, ascending: a block may have been written to a second slot."""
+    words = np.sort(hashes[:, 0])
+    if (words[1:] != words[:-1]).all():  # nearly always, and twenty times faster than comparing whole keys
+        return np.arange(len(hashes))
+    keys = np.stack([hashes[:, 0], hashes[:, 1], groups.astype(np.uint64)], axis=1)
+    return np.sort(np.unique(keys, axis=0, return_index=True)[1])

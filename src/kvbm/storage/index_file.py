@@ -1,0 +1,202 @@
+"""The index of a disk store: which record lies in which slot, in one small file, read at once at start.
+
+The records' own headers are the truth, this is their summary: an entry of 40 bytes a slot. An entry is
+PENDING from before its record is written until the record is known to be safe, then STORED. So after a crash
+the few pending records are read and checked, and the stored ones are believed until they are read. Where the
+file is missing or damaged, the headers are scanned instead.
+"""
+
+import os
+import struct
+import threading
+from enum import IntEnum
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from kvbm.storage.file_io import FileIo
+from kvbm.storage.record import FORMAT, Header
+from kvbm.storage.store import Identity
+
+PAGE = 4096
+_MAGIC = b"KVBMINDX"
+_TITLE = struct.Struct("<8sIIIQQ16sQ")  # magic, format, rank, ranks, record bytes, slots, namespace, epoch
+_CHECK = struct.Struct("<Q")
+
+ENTRY = np.dtype(
+    [
+        ("low", "<u8"),  # the sequence hash
+        ("high", "<u8"),
+        ("sequence", "<u8"),  # of the write
+        ("written_at", "<u4"),
+        ("state", "u1"),
+        ("group", "u1"),
+        ("unused", "<u2"),
+        ("check", "<u8"),
+    ]
+)
+
+
+class State(IntEnum):
+    FREE = 0
+    PENDING = 1
+    STORED = 2
+
+
+class IndexFile:
+    """Entries of all slots, in memory and in the file. Threads may call at once.
+
+    `fresh`: the file was missing, damaged or of another identity, and starts empty. `unknown`: missing or
+    damaged, so the headers of the containers have to be scanned; until `restore` the file stays as it is.
+    """
+
+    def __init__(self, path: Path, identity: Identity, num_slots: int, io: FileIo) -> None:
+        self._io = io
+        self._identity = identity
+        self._lock = threading.Lock()
+        self.epoch = 0
+        self.unknown = False
+        self.fresh = True
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self.entries = np.zeros(num_slots, ENTRY)
+            self._load()
+            if self.fresh and not self.unknown:
+                self._write_entries()
+                self._write_title()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def pending(self, slot: int, header: Header) -> None:
+        """A record is about to be written to the slot."""
+        self._set(slot, _entry(header, State.PENDING))
+
+    def stored(self, headers: list[Header]) -> None:
+        """These records are safe. Those whose slot has been written again meanwhile are passed over."""
+        with self._lock:
+            for header in headers:
+                if int(self.entries[header.slot]["sequence"]) == header.sequence:
+                    self._put(header.slot, _entry(header, State.STORED))
+
+    def free(self, slot: int) -> None:
+        self._set(slot, np.zeros(1, ENTRY))
+
+    def clear(self) -> None:
+        """Free all slots; records of the epochs so far are not found by a scan either."""
+        with self._lock:
+            self.epoch += 1
+            self.entries[:] = 0
+            # The title first: from then on the old records are of another epoch, whatever the entries say.
+            self._write_title()
+            self._write_entries()
+
+    def restore(self, headers: list[Header], epoch: int) -> None:
+        """Enter what a scan found."""
+        with self._lock:
+            self.epoch = epoch
+            for header in headers:
+                self.entries[header.slot] = _entry(header, State.STORED)[0]
+            self._write_entries()
+            self._write_title()
+
+    def sync(self) -> None:
+        self._io.sync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    # ---- inside ----
+
+    def _load(self) -> None:
+        title = os.pread(self._fd, PAGE, 0)
+        if not title:
+            self.unknown = True  # perhaps it was deleted to have the headers scanned
+            return
+        size = _TITLE.size
+        if len(title) < PAGE or xxhash.xxh3_64_intdigest(title[:size]) != _CHECK.unpack_from(title, size)[0]:
+            self.unknown = True
+            return
+        magic, form, *fields, epoch = _TITLE.unpack_from(title)
+        self.epoch = epoch
+        identity = self._identity
+        if (magic, form) != (_MAGIC, FORMAT) or fields != [
+            identity.rank,
+            identity.ranks,
+            identity.record_bytes,
+            len(self.entries),
+            identity.namespace,
+        ]:
+            return
+        data = os.pread(self._fd, self.entries.nbytes, PAGE)
+        while len(data) < self.entries.nbytes and (more := os.pread(self._fd, 1 << 30, PAGE + len(data))):
+            data += more  # the kernel reads at most 2 GiB at once
+        if len(data) < self.entries.nbytes:
+            self.unknown = True
+            return
+        self.entries = np.frombuffer(data, ENTRY, len(self.entries)).copy()
+        torn = self.entries["check"] != checks(self.entries)
+        self.entries[torn] = 0
+        self.fresh = False
+
+    def _write_title(self) -> None:
+        identity = self._identity
+        title = np.zeros(PAGE, np.uint8)
+        _TITLE.pack_into(
+            title.data,
+            0,
+            _MAGIC,
+            FORMAT,
+            identity.rank,
+            identity.ranks,
+            identity.record_bytes,
+            len(self.entries),
+            identity.namespace,
+            self.epoch,
+        )
+        size = _TITLE.size
+        _CHECK.pack_into(title.data, size, xxhash.xxh3_64_intdigest(title[:size].data))
+        self._io.write(self._fd, 0, [title])
+        self._io.sync(self._fd)
+
+    def _write_entries(self) -> None:
+        data = self.entries.view(np.uint8)
+        for start in range(0, len(data), 1 << 28):
+            self._io.write(self._fd, PAGE + start, [data[start : start + (1 << 28)]])
+        os.ftruncate(self._fd, PAGE + len(data))
+        self._io.sync(self._fd)
+
+    def _set(self, slot: int, entry: NDArray[np.void]) -> None:
+        with self._lock:
+            self._put(slot, entry)
+
+    def _put(self, slot: int, entry: NDArray[np.void]) -> None:
+        self.entries[slot : slot + 1] = entry
+        self._io.write(self._fd, PAGE + slot * ENTRY.itemsize, [self.entries[slot : slot + 1].view(np.uint8)])
+
+
+def _entry(header: Header, state: State) -> NDArray[np.void]:
+    """Shape (1,)."""
+    entry = np.zeros(1, ENTRY)
+    entry["low"], entry["high"] = np.frombuffer(header.key.hash, "<u8")
+    entry["sequence"] = header.sequence
+    entry["written_at"] = min(header.written_at, 0xFFFFFFFF)
+    entry["state"] = state
+    entry["group"] = header.key.group
+    entry["check"] = checks(entry)
+    return entry
+
+
+def checks(entries: NDArray[np.void]) -> NDArray[np.uint64]:
+    """What `check` of intact entries is. 0 for an empty one, so that a file of zeros is an empty index.
+
+    A multiply-and-shift mix: a million entries in 30 ms. It finds entries that a power cut tore; what it
+    lets pass is found when the record is read.
+    """
+    mixed = entries["low"] * np.uint64(0x9E3779B97F4A7C15)
+    state = entries["state"].astype(np.uint64) | entries["group"].astype(np.uint64) << np.uint64(8)
+    for word in (entries["high"], entries["sequence"], entries["written_at"].astype(np.uint64), state):
+        mixed = (mixed ^ (mixed >> np.uint64(29)) ^ word) * np.uint64(0xBF58476D1CE4E5B9)
+    return mixed ^ (mixed >> np.uint64(32))
