@@ -17,7 +17,8 @@ HEADER_BYTES = 4096
 FORMAT = 1
 
 _MAGIC = b"KVBMREC1"
-# magic, format, namespace, rank, ranks, record bytes, slot, epoch, hash, group, sequence, written at, checksum
+# magic, format, namespace, rank, ranks, record bytes, slot, epoch,
+# hash, group, sequence, written at, checksum
 _FIELDS = struct.Struct("<8sI16sIIQQQ16sBQQQ")
 _CHECK = struct.Struct("<Q")
 
