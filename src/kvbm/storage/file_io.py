@@ -2,7 +2,8 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from kvbm.errors import StorageError
 from kvbm.storage.store import Bytes
@@ -38,24 +39,25 @@ class PosixFileIo(FileIo):
         """Nothing to prepare."""
 
     def read(self, fd: int, offset: int, buffers: Sequence[Bytes]) -> None:
-        size = sum(buffer.nbytes for buffer in buffers)
-        # What is left of a short transfer would start unaligned, which O_DIRECT refuses: the start again.
-        for _ in range(3):
-            done = os.preadv(fd, buffers, offset)
-            if done == size:
-                return
-        raise StorageError(f"read {done} of {size} bytes at {offset}")
+        _whole(os.preadv, "read", fd, offset, buffers)
 
     def write(self, fd: int, offset: int, buffers: Sequence[Bytes]) -> None:
-        size = sum(buffer.nbytes for buffer in buffers)
-        for _ in range(3):
-            done = os.pwritev(fd, buffers, offset)
-            if done == size:
-                return
-        raise StorageError(f"wrote {done} of {size} bytes at {offset}")
+        _whole(os.pwritev, "wrote", fd, offset, buffers)
 
     def sync(self, fd: int) -> None:
         os.fdatasync(fd)
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _whole(
+    call: Callable[[int, Any, int], int], verb: str, fd: int, offset: int, buffers: Sequence[Bytes]
+) -> None:
+    size = sum(buffer.nbytes for buffer in buffers)
+    done = call(fd, buffers, offset)
+    if done != size:
+        # The rest would start unaligned, which O_DIRECT refuses: once more from the start.
+        done = call(fd, buffers, offset)
+    if done != size:
+        raise StorageError(f"{verb} {done} of {size} bytes at {offset}")
