@@ -34,6 +34,11 @@ _Policy = Annotated[
         pattern=r"^(lru|segmented-lru|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$",
     ),
 ]
+_Folders = Annotated[str, Meta(description="directories, joined by `:`", min_length=1)]
+_Allocator = Annotated[Literal["default", "open-direct"], Meta(description="default or open-direct")]
+_DiskBackend = Annotated[
+    Literal["posix", "nixl-posix", "nixl-gds-mt"], Meta(description="posix, nixl-posix or nixl-gds-mt")
+]
 _OnLoadFailure = Annotated[Literal["recompute", "engine"], Meta(description="recompute or engine")]
 
 
@@ -72,6 +77,113 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
             "but not on GPUs, whose bus is faster than that.",
         ),
     ] = None
+
+
+class DiskConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The tier on local disks (G3)."""
+
+    cache_gb: Annotated[
+        _Gigabytes,
+        _key(
+            "DYN_KVBM_DISK_CACHE_GB",
+            "Size of the disk cache in GB (1e9 bytes), the sum over all ranks and directories. 0: no disk "
+            "cache. Without a host cache, blocks pass through a small one of at most 1 GB.",
+        ),
+    ] = 0.0
+    num_blocks: Annotated[
+        _OptionalCount,
+        _key(
+            "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS",
+            "Exact number of blocks in the disk cache. 0 or none: `disk.cache_gb` decides.",
+        ),
+    ] = None
+    dir: Annotated[
+        _Folders,
+        _key(
+            "DYN_KVBM_DISK_CACHE_DIR",
+            "Where the files are kept, in a folder `kvbm-N` for data-parallel rank N. Several directories, "
+            "on drives of their own, share the blocks equally.",
+        ),
+    ] = "/tmp"
+    disable_filter: Annotated[
+        _OptionalFlag,
+        _key(
+            "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER",
+            "Write every block to disk, not only those seen at least twice. none: with the filter, but "
+            "without where there is no host cache.",
+        ),
+    ] = None
+    write_gb_per_day: Annotated[
+        _Gigabytes,
+        _key(
+            "KVBM_DISK_WRITE_GB_PER_DAY",
+            "Most GB written in any 24 hours, the sum over all ranks, counted from the engine's start. 0: no "
+            "limit.",
+        ),
+    ] = 0.0
+    min_free_gb: Annotated[
+        _Gigabytes,
+        _key("KVBM_DISK_MIN_FREE_GB", "GB that each drive keeps free beside the cache."),
+    ] = 1.0
+    zerofill_fallback: Annotated[
+        _Flag,
+        _key(
+            "DYN_KVBM_DISK_ZEROFILL_FALLBACK",
+            "Where the file system has no fallocate, fill the files with zeros at start; otherwise they are "
+            "sparse there, and room may lack later.",
+        ),
+    ] = False
+    disable_o_direct: Annotated[
+        _Flag,
+        _key(
+            "DYN_KVBM_DISK_DISABLE_O_DIRECT",
+            "Read and write through the page cache. Done in any case where O_DIRECT is not to be had.",
+        ),
+    ] = False
+    allocator: Annotated[
+        _Allocator,
+        _key(
+            "DYN_KVBM_DISK_ALLOCATOR_TYPE",
+            "open-direct: ask for O_DIRECT when a file is opened; default: afterwards, which some file "
+            "systems ignore.",
+        ),
+    ] = "default"
+    policy: Annotated[
+        _Policy,
+        _key(
+            "KVBM_DISK_POLICY", "Which block leaves a full disk cache; `module:Class` names one of your own."
+        ),
+    ] = "segmented-lru"
+    backend: Annotated[
+        _DiskBackend,
+        _key(
+            "KVBM_DISK_BACKEND",
+            "What reads and writes: calls of the kernel (posix), or a plugin of NIXL, which has to be "
+            "installed (1.5.0 or later).",
+        ),
+    ] = "posix"
+    threads: Annotated[
+        _Count,
+        _key("KVBM_DISK_THREADS", "Records that a rank reads at once; half as many are written at once."),
+    ] = 8
+    max_queued_blocks: Annotated[
+        _Count,
+        _key(
+            "KVBM_DISK_MAX_QUEUED_BLOCKS",
+            "Most blocks that wait to be written; those beyond it are dropped, never delayed.",
+        ),
+    ] = 1024
+    timeout_s: Annotated[
+        _Seconds,
+        _key("KVBM_DISK_TIMEOUT_S", "Seconds that one operation may take; after them a load is a miss."),
+    ] = 10.0
+    skip_slow_loads: Annotated[
+        _Flag,
+        _key(
+            "KVBM_DISK_SKIP_SLOW_LOADS",
+            "Read only what is had sooner from disk than by computing it again, as measured.",
+        ),
+    ] = True
 
 
 class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,6 +250,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """The effective settings. Made by `load_config`, which validates."""
 
     host: HostConfig
+    disk: DiskConfig
     transfer: TransferConfig
     engine: EngineConfig
     sources: Mapping[str, str]
@@ -147,8 +260,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def enabled(self) -> bool:
-        """Whether a host cache was configured."""
-        return (self.host.num_blocks or self.host.cache_gb) > 0
+        """Whether any cache was configured."""
+        return (self.host.num_blocks or self.host.cache_gb) > 0 or self.has_disk
+
+    @property
+    def has_disk(self) -> bool:
+        return (self.disk.num_blocks or self.disk.cache_gb) > 0
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -161,7 +278,7 @@ class Setting(msgspec.Struct, frozen=True):
     doc: str
 
 
-_SECTIONS = {"host": HostConfig, "transfer": TransferConfig, "engine": EngineConfig}
+_SECTIONS = {"host": HostConfig, "disk": DiskConfig, "transfer": TransferConfig, "engine": EngineConfig}
 _FIELDS = {
     f"{section}.{field.name}": field
     for section, struct in _SECTIONS.items()
@@ -182,7 +299,6 @@ _KEY_OF_ENV = {setting.env: setting.key for setting in _SETTINGS.values()}
 _FILE_KEY = "config_file"
 _FILE_ENV = "KVBM_CONFIG"
 
-_DISK = "this version has no disk tier yet"
 _OBJECT = "this version has no object tier yet"
 _PORTS = "no ports are needed, leader and workers use the engine's channel"
 _NUMA = "host memory is placed near the GPU in any case"
@@ -190,15 +306,8 @@ _OBSERVE = "this version has no metrics, records or cache statistics yet"
 _EVENTS = "this version has no KV events yet"
 _TRTLLM = "this version has no TensorRT-LLM integration yet"
 IGNORED_ENV: dict[str, str] = {
-    "DYN_KVBM_DISK_CACHE_GB": _DISK,
-    "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS": _DISK,
-    "DYN_KVBM_DISK_CACHE_DIR": _DISK,
-    "DYN_KVBM_DISK_ALLOCATOR_TYPE": _DISK,
-    "DYN_KVBM_DISK_ZEROFILL_FALLBACK": _DISK,
-    "DYN_KVBM_DISK_DISABLE_O_DIRECT": _DISK,
-    "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER": _DISK,
     "DYN_KVBM_OBJECT_*": _OBJECT,
-    "DYN_KVBM_NIXL_BACKEND_*": "this version does not use NIXL",
+    "DYN_KVBM_NIXL_BACKEND_*": "KVBM_DISK_BACKEND is the name that has an effect",
     "DYN_KVBM_HOST_OFFLOAD_PREFIX_MIN_PRIORITY": "no supported engine gives blocks a priority",
     "DYN_KVBM_TRANSFER_BATCH_SIZE": "DYN_KVBM_MAX_TRANSFER_BATCH_SIZE is the name that has an effect",
     "DYN_KVBM_DISABLE_WRITE_COMBINED": "host memory is never write-combined",
@@ -289,12 +398,11 @@ def load_config(
     if problems:
         raise ConfigError("wrong KVBM configuration:" + "".join(f"\n- {problem}" for problem in problems))
 
-    values["host.num_blocks"] = values["host.num_blocks"] or None
-    if values["host.num_blocks"] and values["host.cache_gb"]:
-        notices.append(
-            f"host.cache_gb ({sources['host.cache_gb']}) has no effect: "
-            f"host.num_blocks ({sources['host.num_blocks']}) wins"
-        )
+    for tier in ("host", "disk"):
+        count, size = f"{tier}.num_blocks", f"{tier}.cache_gb"
+        values[count] = values[count] or None
+        if values[count] and values[size]:
+            notices.append(f"{size} ({sources[size]}) has no effect: {count} ({sources[count]}) wins")
     sections = {
         section: struct(**{name: values[f"{section}.{name}"] for name in struct.__struct_fields__})
         for section, struct in _SECTIONS.items()

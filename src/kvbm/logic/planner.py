@@ -9,15 +9,16 @@ growing, and goes on from there when there is room.
 Events in (requests, completions, time), operations out. Not thread-safe.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvbm.logic.arrays import GrowingArray
 from kvbm.logic.hashing import SequenceHasher
+from kvbm.logic.in_flight import InFlight
 from kvbm.logic.index import Slots
 from kvbm.logic.operations import BlockIds, Completion, Direction, Failure, Operation
 from kvbm.logic.pool import BlockPool, BlockState
@@ -64,16 +65,9 @@ class _Request:
     match: tuple[tuple[int, int, int], int] = ((-1, 0, 0), 0)  # what was asked, and the answer
 
 
-@dataclass(slots=True)
-class _InFlight:
-    operation: Operation
-    slots: Slots
+@dataclass(slots=True, kw_only=True)
+class _InFlight(InFlight):
     members: list[tuple[_Request, BlockIds]]  # whose blocks these are, with their device blocks
-    waiting_for: set[int]  # ranks
-    deadline: float
-    failed: NDArray[np.bool_]
-    reason: Failure = Failure.NONE
-    expired: bool = False
     held: list[BlockIds] = field(default_factory=list)  # device blocks kept from reuse until it settles
 
     @property
@@ -88,11 +82,20 @@ class _InFlight:
 class Planner:
     """Plans for one KV group over one host pool.
 
-    ranks: how many workers execute every operation. max_queued_blocks bounds the offloads in flight.
+    ranks: how many workers execute every operation. max_queued_blocks bounds the offloads in flight. ids: for
+    operations, where others number theirs too. seen: told of registered blocks, new or used again.
     """
 
     def __init__(
-        self, pool: BlockPool, *, ranks: int, max_batch_blocks: int, max_queued_blocks: int, timeout_s: float
+        self,
+        pool: BlockPool,
+        *,
+        ranks: int,
+        max_batch_blocks: int,
+        max_queued_blocks: int,
+        timeout_s: float,
+        ids: Iterator[int] | None = None,
+        seen: Callable[[Slots], None] | None = None,
     ) -> None:
         self.pool = pool
         self.stats = Stats()
@@ -100,10 +103,11 @@ class Planner:
         self._max_batch = max_batch_blocks
         self._max_queued = max_queued_blocks
         self._timeout_s = timeout_s
+        self._ids = ids or itertools.count()
+        self._seen = seen or (lambda slots: None)
         self._requests: dict[str, _Request] = {}
         self._in_flight: dict[int, _InFlight] = {}  # oldest first
         self._queued_blocks = 0
-        self._next_id = 0
 
     # ---- requests ----
 
@@ -114,6 +118,11 @@ class Planner:
     def hasher(self, request_id: str) -> SequenceHasher | None:
         request = self._requests.get(request_id)
         return request.hasher if request else None
+
+    def may_load(self, request_id: str) -> bool:
+        """Whether the request is followed and no load for it has failed."""
+        request = self._requests.get(request_id)
+        return request is not None and not request.load_failed
 
     def match(self, request_id: str, first: int) -> int:
         """How many blocks from block `first` on the host can load now. No side effect."""
@@ -152,6 +161,7 @@ class Planner:
         found = self.pool.match(request.hasher.hashes[first : first + count])
         slots[: len(found)] = found
         self.pool.pin(found)
+        self._seen(found)
         self.stats.matched_blocks += count
         blocks = request.table.rows[first : first + count].copy()
         return self._start(
@@ -281,8 +291,7 @@ class Planner:
             if in_flight.held and in_flight.is_offload:
                 outcome.release += in_flight.held
                 in_flight.held = []
-                in_flight.failed[:] = True
-                in_flight.reason = max(in_flight.reason, Failure.CANCELLED)
+                in_flight.fail(slice(None), Failure.CANCELLED)
                 self._expire(in_flight)
                 abandoned.append(id_)
         return abandoned, outcome
@@ -291,18 +300,15 @@ class Planner:
         """A rank's report on an operation. Reports on unknown operations are ignored."""
         outcome = Outcome()
         in_flight = self._in_flight.get(completion.operation_id)
-        if in_flight is None or rank not in in_flight.waiting_for:
+        if in_flight is None or not in_flight.report(rank, completion):
             return outcome
-        in_flight.failed[completion.failed] = True
-        in_flight.reason = max(in_flight.reason, completion.reason)
         if not completion.quiesced:
             self._expire(in_flight)
             if not in_flight.is_offload and not in_flight.held:
                 in_flight.held = [in_flight.operation.device_blocks]
                 outcome.hold += in_flight.held
             return outcome
-        in_flight.waiting_for.discard(rank)
-        if not in_flight.waiting_for:
+        if in_flight.is_over:
             self._settle(in_flight)
             (outcome.release if in_flight.is_offload else outcome.release_loaded).extend(in_flight.held)
         return outcome
@@ -313,13 +319,12 @@ class Planner:
             if in_flight.deadline > now:
                 break  # the oldest come first
             if not in_flight.expired and in_flight.is_offload:
-                in_flight.failed[:] = True
-                in_flight.reason = max(in_flight.reason, Failure.TIMEOUT)
+                in_flight.fail(slice(None), Failure.TIMEOUT)
                 self._expire(in_flight)
 
     def clear(self) -> None:
         """Forget every block, also those in flight. Running requests are not cached from here on."""
-        self._drop(self.pool.clear())
+        self.drop(self.pool.clear())
         for request in self._requests.values():
             request.failures = MAX_FAILURES
 
@@ -346,7 +351,7 @@ class Planner:
         in_step: bool = False,
     ) -> Operation:
         operation = Operation(
-            self._next_id,
+            next(self._ids),
             direction,
             request_id,
             device_blocks,
@@ -354,12 +359,11 @@ class Planner:
             self._timeout_s,
             in_step,
         )
-        self._next_id += 1
         # Workers count their deadline from receipt; the leader waits twice as long for their word.
         self._in_flight[operation.id] = _InFlight(
-            operation,
-            slots,
-            members,
+            operation=operation,
+            slots=slots,
+            members=members,
             waiting_for=set(range(self._ranks)),
             deadline=now + 2 * self._timeout_s,
             failed=np.zeros(len(slots), bool),
@@ -373,7 +377,7 @@ class Planner:
     def _expire(self, in_flight: _InFlight) -> None:
         """Nobody may use the failed blocks from now on; the operation stays, and keeps its pins."""
         in_flight.expired = True
-        self._drop(in_flight.failed_slots)
+        self.drop(in_flight.failed_slots)
 
     def _settle(self, in_flight: _InFlight) -> None:
         operation, slots = in_flight.operation, in_flight.slots
@@ -387,9 +391,10 @@ class Planner:
             self._queued_blocks -= len(slots)
             written = slots[~in_flight.failed & (self.pool.states(slots) == _COMPLETE)]
             self.pool.register(written)
+            self._seen(written)
             self.stats.offloaded_blocks += len(written)
             if failed:
-                self._drop(in_flight.failed_slots, count_failure=in_flight.reason > Failure.CANCELLED)
+                self.drop(in_flight.failed_slots, count_failure=in_flight.reason > Failure.CANCELLED)
         else:
             self.stats.onboarded_blocks += len(slots) - failed
             if failed:
@@ -402,13 +407,13 @@ class Planner:
                     request.failures = MAX_FAILURES
                     first = np.flatnonzero(np.isin(request.chain.rows, lost))
                     lost = np.union1d(lost, request.chain.rows[first[0] :] if len(first) else lost)
-                self._drop(lost)
+                self.drop(lost)
             slots = slots[slots >= 0]
         self.pool.release(slots)
         for request, _ in in_flight.members:
             self._let_go(request)
 
-    def _drop(self, slots: Slots, count_failure: bool = False) -> None:
+    def drop(self, slots: Slots, count_failure: bool = False) -> None:
         """Withdraw those blocks that still have a name, and cut every chain there."""
         if not len(slots):
             return

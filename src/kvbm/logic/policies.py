@@ -2,7 +2,7 @@
 
 A policy orders the slots that may be evicted: registered and pinned by nobody. The pool tells it of every
 change with arrays of distinct slots and asks for victims; a policy holds no bytes, hashes or clock.
-Name your own with the setting `host.policy = "package.module:Class"`.
+Name your own with the settings `host.policy` and `disk.policy`, as "package.module:Class".
 """
 
 import importlib
@@ -29,6 +29,10 @@ class EvictionPolicy(ABC):
     @abstractmethod
     def reuse(self, slots: Slots) -> None:
         """These, once written, were wanted again and are pinned: not evictable until inserted again."""
+
+    def hold(self, slots: Slots) -> None:
+        """These are pinned for a copy to the tier below: not evictable, but nobody wanted them again."""
+        self.reuse(slots)
 
     @abstractmethod
     def forget(self, slots: Slots) -> None:
@@ -150,6 +154,9 @@ class SegmentedLru(EvictionPolicy):
         self._remove(slots)
         self._reused[slots] = True
 
+    def hold(self, slots: Slots) -> None:
+        self._remove(slots)
+
     def forget(self, slots: Slots) -> None:
         self._remove(slots)
         self._reused[slots] = False
@@ -169,8 +176,8 @@ class SegmentedLru(EvictionPolicy):
 POLICIES: dict[str, type[EvictionPolicy]] = {"lru": Lru, "segmented-lru": SegmentedLru}
 
 
-def load_policy(name: str) -> type[EvictionPolicy]:
-    """The policy class called `name`: one of POLICIES, or `module:Class`."""
+def load_policy(name: str, key: str = "host.policy") -> type[EvictionPolicy]:
+    """The policy class called `name`: one of POLICIES, or `module:Class`. key: the setting, for errors."""
     if name in POLICIES:
         return POLICIES[name]
     module_name, _, class_name = name.partition(":")
@@ -179,9 +186,9 @@ def load_policy(name: str) -> type[EvictionPolicy]:
         policy = getattr(importlib.import_module(module_name), class_name)
     except Exception as error:  # the module may fail in any way while it is imported
         raise ConfigError(
-            f"host.policy = {name!r} can't be loaded: {error}. Use one of {known}, or 'module:Class' with a "
+            f"{key} = {name!r} can't be loaded: {error}. Use one of {known}, or 'module:Class' with a "
             f"module that can be imported."
         ) from error
     if not (isinstance(policy, type) and issubclass(policy, EvictionPolicy)):
-        raise ConfigError(f"host.policy = {name!r} is not a subclass of kvbm.logic.policies.EvictionPolicy.")
+        raise ConfigError(f"{key} = {name!r} is not a subclass of kvbm.logic.policies.EvictionPolicy.")
     return policy

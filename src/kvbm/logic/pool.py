@@ -80,8 +80,20 @@ class BlockPool:
     def grow(self, usable: int) -> None:
         """Slots up to number `usable` have memory now; never fewer than before."""
         # Lowest on top, so that a young pool uses its memory from the start.
-        self._put_back(np.arange(min(usable, self.capacity) - 1, self.usable - 1, -1))
+        new = np.arange(min(usable, self.capacity) - 1, self.usable - 1, -1)
+        self._put_back(new[self._states[new] == _RESET])
         self.usable = max(self.usable, min(usable, self.capacity))
+
+    def adopt(self, slots: Slots, hashes: Hashes) -> None:
+        """Registered blocks from an earlier run, distinct, those to be evicted first come first.
+
+        In slots that have no memory yet, as far as this pool knows: call `grow` afterwards.
+        """
+        self._index.insert(hashes, slots)
+        self._states[slots] = _REGISTERED
+        self.num_registered += len(slots)
+        self._policy.insert(slots)
+        self._changed(EventKind.STORED, slots)
 
     # ---- looking up ----
 
@@ -196,15 +208,19 @@ class BlockPool:
 
     # ---- use ----
 
-    def pin(self, slots: Slots) -> None:
-        """Use blocks again (repeats count): they stay until released as often."""
+    def pin(self, slots: Slots, *, reuse: bool = True) -> None:
+        """Use blocks again (repeats count): they stay until released as often.
+
+        reuse: False where only their bytes are wanted, for the tier below.
+        """
         if _distinct(slots):  # an unbuffered add costs twenty times as much
             self._pins[slots] += 1
         else:
             np.add.at(self._pins, slots, 1)
             slots = np.unique(slots)
         # A block that is still being written is not used again.
-        self._policy.reuse(slots[self._states[slots] == _REGISTERED])
+        tell = self._policy.reuse if reuse else self._policy.hold
+        tell(slots[self._states[slots] == _REGISTERED])
 
     def release(self, slots: Slots) -> None:
         """Undo one pin of each of distinct slots, given in the order of their sequence, head first."""

@@ -6,20 +6,26 @@ inside turns caching off for the rest of the run, with one log entry, and every 
 """
 
 import functools
+import itertools
 import logging
+import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Concatenate, TypeVar
 
 import numpy as np
 
 from kvbm.config import Config
+from kvbm.logic.disk import DiskTier
+from kvbm.logic.estimate import LoadEstimate
 from kvbm.logic.hashing import SequenceHasher, root_hash
+from kvbm.logic.index import Slots
 from kvbm.logic.operations import Direction, Operation
 from kvbm.logic.planner import Outcome, Planner, Stats
 from kvbm.logic.policies import load_policy
 from kvbm.logic.pool import BlockEvent, BlockPool
+from kvbm.runtime.disk import make_disk_tier
 from kvbm.runtime.messages import StepOrders, WorkerReport
 
 logger = logging.getLogger(__name__)
@@ -54,7 +60,8 @@ def _off_on_error(
 class Leader:
     """Decides for one engine with `ranks` workers. All calls from one thread, the engine's scheduler.
 
-    num_slots: blocks in the host tier. namespace: 16 bytes, see `namespace_digest`.
+    num_slots, disk_slots: blocks in the host and disk tiers. disk_record_bytes: what a block takes on disk,
+    on all ranks together. namespace: 16 bytes, see `namespace_digest`.
     """
 
     def __init__(
@@ -65,6 +72,8 @@ class Leader:
         block_size: int,
         num_slots: int,
         ranks: int,
+        disk_slots: int = 0,
+        disk_record_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.off_reason: str | None = None  # set: nothing is cached, and why
@@ -82,19 +91,41 @@ class Leader:
         self._orders = StepOrders()
         self._lost_loads = 0
         self._pool = BlockPool(num_slots, load_policy(config.host.policy), usable=0)
+        ids = itertools.count()
         self._planner = Planner(
             self._pool,
             ranks=ranks,
             max_batch_blocks=config.transfer.max_batch_blocks,
             max_queued_blocks=config.transfer.max_queued_blocks,
             timeout_s=config.transfer.timeout_s,
+            ids=ids,
+            seen=self._seen if disk_slots else None,
         )
+        self._estimate = LoadEstimate(block_size)
+        self._timed_steps: deque[tuple[float, int]] = deque(maxlen=64)  # under way: planned when, tokens
+        self._step_over_at = 0.0
+        self._disk: DiskTier | None = None
+        if disk_slots:
+            self._disk = make_disk_tier(
+                config,
+                self._pool,
+                capacity=disk_slots,
+                record_bytes=disk_record_bytes,
+                ranks=ranks,
+                ids=ids,
+                drop=self._planner.drop,
+                estimate=self._estimate,
+            )
 
     # ---- what users see ----
 
     @property
     def stats(self) -> Stats:
         return self._planner.stats
+
+    @property
+    def disk(self) -> DiskTier | None:
+        return self._disk
 
     @property
     def pool(self) -> BlockPool:
@@ -120,7 +151,14 @@ class Leader:
                 logger.exception("KVBM: an event subscriber raised and is unsubscribed")
                 unsubscribe()
 
-        unsubscribe = self._pool.subscribe(guarded)
+        ends = [self._pool.subscribe(guarded)]
+        if self._disk is not None:
+            ends.append(self._disk.pool.subscribe(guarded))
+
+        def unsubscribe() -> None:
+            for end in ends:
+                end()
+
         return unsubscribe
 
     # ---- requests ----
@@ -143,9 +181,20 @@ class Leader:
         return self._planner.hasher(request_id)
 
     @_off_on_error(lambda: 0)
-    def match(self, request_id: str, first: int) -> int:
-        """Number of blocks from block `first` on that can be loaded. Cheap, no side effect."""
-        return self._planner.match(request_id, first) if self.ready else 0
+    def match(self, request_id: str, first: int, limit: int = sys.maxsize) -> int | None:
+        """Number of blocks from block `first` on, at most `limit`, that can be loaded. Cheap.
+
+        None: not known yet, as blocks are on their way from disk; ask again in the next step.
+        """
+        if self._disk is not None and self._disk.restoring:
+            return None
+        if not self.ready:
+            return 0
+        if self._disk is not None and limit > 0 and self._planner.may_load(request_id):
+            hasher = self._planner.hasher(request_id)
+            if hasher and not self._disk.fetch(request_id, hasher.hashes[first : first + limit]):
+                return None
+        return min(limit, self._planner.match(request_id, first))
 
     def load(
         self, request_id: str, first: int, count: int, device_blocks: Sequence[int], *, in_step: bool = False
@@ -156,6 +205,7 @@ class Leader:
         in_step: the next step's forward pass reads the blocks.
         """
         self.set_table(request_id, device_blocks)
+        self._release_fetched(request_id)
         operation = self._load(request_id, first, count, in_step)
         if operation is None:
             blocks = np.asarray(device_blocks[first : first + count], np.int32)
@@ -192,6 +242,8 @@ class Leader:
             request_id, device_blocks, blocks if self.ready else 0, self._clock()
         )
         self._orders.operations += operations
+        if self._disk is not None:
+            self._disk.finish(request_id)
         return outcome
 
     @_off_on_error(Outcome)
@@ -203,13 +255,22 @@ class Leader:
 
     # ---- workers ----
 
-    def take_orders(self) -> StepOrders:
-        """What the ranks have to do in this step. Once a step."""
+    def take_orders(self, tokens: int = 0) -> StepOrders:
+        """What the ranks have to do in this step, in which the model computes `tokens`. Once a step."""
         orders, self._orders = self._orders, StepOrders()
+        orders.tokens = tokens
+        if self._disk is not None and tokens >= LoadEstimate.MIN_TOKENS:
+            orders.timed = True
+            self._timed_steps.append((self._clock(), tokens))
+        if self._disk is not None and self.off_reason is None:
+            operations, orders.forget = self._disk.take_orders()
+            orders.operations += operations
         return orders
 
     def receive(self, reports: Iterable[WorkerReport]) -> list[Outcome]:
-        """Take in the ranks' reports. Outcomes say which device blocks to hold and which to release."""
+        """Take in the ranks' reports on a step. Outcomes say which device blocks to hold and release."""
+        reports = list(reports)
+        self._time_step(any(report.timed for report in reports))
         if self.off_reason is None:
             return [outcome for report in reports for outcome in self._receive(report)]
         # Nobody waits for completions any more, but a load that hangs may still write to its blocks: these
@@ -217,6 +278,14 @@ class Leader:
         hung = [done.operation_id for report in reports for done in report.completions if not done.quiesced]
         targets = [self._planner.load_target(id_) for id_ in hung]
         return [Outcome(hold=[blocks]) for blocks in targets if blocks is not None]
+
+    def _time_step(self, timed: bool) -> None:
+        now = self._clock()
+        if timed and self._timed_steps:
+            started, tokens = self._timed_steps.popleft()
+            # Steps may be planned ahead, but the model computes one after the other.
+            self._estimate.computed(tokens, now - max(started, self._step_over_at))
+        self._step_over_at = now
 
     def tick(self) -> None:
         """Let deadlines pass. Once a step."""
@@ -253,7 +322,18 @@ class Leader:
             self._loads_in_step &= report.loads_in_step
             if len(self._ready_slots) == self._ranks:
                 self._grow(min(self._ready_slots.values()))
+        if self._disk is not None:
+            self._receive_of_disk(self._disk, report)
         return [self._planner.complete(report.rank, completion) for completion in report.completions]
+
+    def _receive_of_disk(self, disk: DiskTier, report: WorkerReport) -> None:
+        if report.disk_refused is not None and disk.off_reason is None:
+            logger.error("KVBM: the disk tier is off: %s", report.disk_refused)
+            disk.turn_off(report.disk_refused)
+        if report.found is not None:
+            disk.found(report.rank, *report.found, report.found_all)
+        for completion in report.completions:
+            disk.complete(report.rank, completion)
 
     def _grow(self, usable: int) -> None:
         before, total = self._pool.usable, self._num_slots
@@ -267,6 +347,15 @@ class Leader:
     def _tick(self) -> None:
         now = self._clock()
         self._planner.expire(now)
+        if self._disk is not None:
+            was_ready = self._disk.ready
+            self._disk.tick(now)
+            if self._disk.ready and not was_ready:
+                logger.info(
+                    "KVBM: disk tier ready, %d blocks, %d of them from an earlier run",
+                    self._disk.pool.capacity,
+                    self._disk.stats.recovered_blocks,
+                )
         if self.ready:
             return
         if self._init_deadline is None:
@@ -280,9 +369,21 @@ class Leader:
 
     @_off_on_error(lambda: False)
     def _has_work(self) -> bool:
-        return self._planner.has_work
+        return self._planner.has_work or (self._disk is not None and self._disk.has_work)
 
     @_off_on_error(lambda: False)
     def _clear(self) -> bool:
         self._planner.clear()
+        if self._disk is not None:
+            self._disk.clear()
+            self._orders.forget_all = True
         return True
+
+    @_off_on_error(lambda: None)
+    def _release_fetched(self, request_id: str) -> None:
+        if self._disk is not None:
+            self._disk.release(request_id)
+
+    def _seen(self, slots: Slots) -> None:
+        if self._disk is not None:
+            self._disk.seen(slots)

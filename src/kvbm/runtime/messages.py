@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from kvbm.logic.operations import Completion, Operation
+from kvbm.logic.hashing import Hashes
+from kvbm.logic.operations import BlockIds, Completion, Operation
 
 
 @dataclass(slots=True)
@@ -11,7 +12,10 @@ class StepOrders:
 
     operations: list[Operation] = field(default_factory=list)
     cancel: list[int] = field(default_factory=list)  # operations whose device blocks are being reused
-    computes: bool = True  # this step runs the model: offloads wait for it
+    tokens: int = 0  # that the model computes in this step: offloads wait for it
+    timed: bool = False  # how long that takes is of interest: rank 0 tells when it is over
+    forget: list[int] = field(default_factory=list)  # disk slots whose records must not be found again
+    forget_all: bool = False
 
 
 @dataclass(slots=True)
@@ -24,3 +28,8 @@ class WorkerReport:
     loads_in_step: bool = False
     refused: str | None = None
     completions: list[Completion] = field(default_factory=list)
+    timed: bool = False  # on a step that was to be timed
+    # What an earlier run left on disk, piece by piece: slots (n,), hashes (n, 2).
+    found: tuple[BlockIds, Hashes] | None = None
+    found_all: bool = False  # that was the last piece
+    disk_refused: str | None = None

@@ -2,7 +2,7 @@
 
 Where the device copies by itself (CUDA), the engine's forward thread orders the copies: a thread of ours
 would have to take the GIL from it a dozen times for each. Elsewhere threads of ours copy, and check what they
-load.
+load. Disks are read and written by a process of their own.
 
 `submit`, `start_in_step`, `cancel` and `poll` are called from the forward thread and never wait for a copy.
 """
@@ -17,12 +17,22 @@ import numpy as np
 
 from kvbm.errors import LostLoadError
 from kvbm.logic.operations import BlockIds, Completion, Direction, Failure, Operation
+from kvbm.storage.client import StorageClient
+from kvbm.storage.messages import Batch, Status
+from kvbm.storage.store import Found
 from kvbm.transfer.copy import CopyEngine, InStepLoad, Transfer
 from kvbm.transfer.records import HostRecords
 
 logger = logging.getLogger(__name__)
 
 _NONE_FAILED = np.empty(0, np.int32)
+_FAILURES = {
+    Status.DONE: Failure.NONE,
+    Status.TIMEOUT: Failure.TIMEOUT,
+    Status.UNAVAILABLE: Failure.UNAVAILABLE,
+    Status.ERROR: Failure.ERROR,
+    Status.DAMAGED: Failure.CORRUPT,
+}
 
 
 class _CertainLoad(InStepLoad):
@@ -90,16 +100,24 @@ class Worker:
     """Copies between the engine's blocks and `records`, which are checked when they are loaded.
 
     threads: how many operations run at once in each direction, where threads copy: a load, which a request
-    waits for, never queues behind offloads. clock: seconds, monotonic.
+    waits for, never queues behind offloads. disk: the I/O process for what lies on disk, if anything does.
+    clock: seconds, monotonic.
     """
 
     def __init__(
-        self, records: HostRecords, *, threads: int = 1, clock: Callable[[], float] = time.monotonic
+        self,
+        records: HostRecords,
+        *,
+        threads: int = 1,
+        disk: StorageClient | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._records = records
+        self._disk = disk
+        self._found: list[Found] = []
         self._clock = clock
         self._queues: dict[Direction, queue.SimpleQueue[_Task | None]] = {
-            direction: queue.SimpleQueue() for direction in Direction
+            direction: queue.SimpleQueue() for direction in (Direction.OFFLOAD, Direction.ONBOARD)
         }
         self._device_engine = records.device_engine
         self._transfers: list[_Task] = []  # under way on the device; of the forward thread alone
@@ -125,6 +143,9 @@ class Worker:
         after = self._records.fence()
         for operation in operations:
             task = self._add(operation, after)
+            if operation.direction not in self._queues:
+                self._start_disk(task)
+                continue
             if self._device_engine is None:
                 self._queues[operation.direction].put(task)
                 continue
@@ -160,6 +181,27 @@ class Worker:
     def ready_slots(self) -> int:
         return self._records.ready_slots
 
+    def forget_on_disk(self, slots: BlockIds, everything: bool = False) -> None:
+        """The records in these disk slots, or all, must not be found again, also after a restart."""
+        if self._disk is not None and everything:
+            self._disk.clear()
+        if self._disk is not None and len(slots):
+            self._disk.discard(slots)
+
+    def take_found(self) -> list[Found]:
+        """What an earlier run left on disk: all of it, once, when `disk_ready`."""
+        found, self._found = self._found, []
+        return found
+
+    @property
+    def disk_ready(self) -> bool:
+        return self._disk is not None and self._disk.ready
+
+    @property
+    def disk_refused(self) -> str | None:
+        """Why the disk tier can't be used."""
+        return self._disk.refused if self._disk is not None else None
+
     def cancel(self, operation_ids: Iterable[int]) -> None:
         """The device blocks of these are about to be overwritten: what isn't copied by now has failed."""
         with self._lock:
@@ -171,6 +213,8 @@ class Worker:
     def poll(self) -> list[Completion]:
         """Completions since the last call, each operation's final one exactly once."""
         now = self._clock()
+        if self._disk is not None:
+            self._poll_disk(self._disk)
         over = [task for task in self._transfers if self._is_over(task)]
         if over:
             self._transfers = [task for task in self._transfers if task not in over]
@@ -192,6 +236,8 @@ class Worker:
     def close(self) -> None:
         """Stop the threads; what is still queued is not executed. May wait for what is under way."""
         self._closed = True
+        if self._disk is not None:
+            self._disk.close()
         for tasks in self._queues.values():
             for _ in self._threads:
                 tasks.put(None)
@@ -232,6 +278,40 @@ class Worker:
             logger.exception("KVBM: a copy has failed")
             task.reason = Failure.ERROR
             return True
+
+    # ---- disks, by the I/O process ----
+
+    def _start_disk(self, task: _Task) -> None:
+        operation = task.operation
+        task.running = True
+        if self._disk is None:
+            with self._lock:
+                self._finish(task, operation.positions, Failure.UNAVAILABLE)
+            return
+        write = operation.direction == Direction.WRITE
+        checksums = self._records.checksums(operation.host_slots) if write else None
+        self._disk.submit(
+            Batch(
+                operation.id,
+                write,
+                operation.host_slots.tobytes(),
+                operation.disk_slots.tobytes(),
+                operation.hashes.tobytes(),
+                bytes(len(operation.host_slots)),
+                checksums.tobytes() if checksums is not None else b"",
+                operation.timeout_s,
+            )
+        )
+
+    def _poll_disk(self, disk: StorageClient) -> None:
+        replies = disk.poll()
+        self._found += replies.found
+        for result in replies.results:
+            task = self._tasks[result.id]
+            if task.operation.direction == Direction.READ:
+                self._records.adopt(task.operation.host_slots, result.checksums)
+            with self._lock:
+                self._finish_running(task, result.failed, _FAILURES[result.status])
 
     # ---- copies by threads ----
 

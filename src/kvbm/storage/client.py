@@ -239,7 +239,7 @@ class StorageClient:
         if known is not None:
             count = len(known[0].host_slots) // 4
             failed = np.arange(count, dtype=np.int32)
-            replies.results.append(BatchResult(id_, failed, Status.ERROR, np.zeros(count, np.uint64)))
+            replies.results.append(BatchResult(id_, failed, Status.UNAVAILABLE, np.zeros(count, np.uint64)))
 
     def _start(self) -> None:
         try:

@@ -110,6 +110,7 @@ class Containers:
         self._folders = folders
         self._how = how
         paths = paths_of(folders)
+        path = paths[0]
         try:
             for number, path in enumerate(paths):
                 title = _TITLE.pack(_MAGIC, FORMAT, number, len(paths), num_slots, self.stride)

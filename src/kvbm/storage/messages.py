@@ -13,8 +13,9 @@ class Status(IntEnum):
 
     DONE = 0
     TIMEOUT = 1
-    ERROR = 2
-    DAMAGED = 3
+    UNAVAILABLE = 2  # nothing is known of the records: the I/O process is not there
+    ERROR = 3
+    DAMAGED = 4
 
 
 class Batch(msgspec.Struct, frozen=True, tag=True):

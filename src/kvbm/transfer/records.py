@@ -62,6 +62,15 @@ class HostRecords:
         if self._checksums is not None:
             self._checksums[slots] = self._digests(slots)
 
+    def checksums(self, slots: NDArray[np.integer]) -> NDArray[np.uint64] | None:
+        """What records were sealed with, for a tier below to compare; None without checksums."""
+        return self._checksums[slots] if self._checksums is not None else None
+
+    def adopt(self, slots: NDArray[np.integer], checksums: NDArray[np.uint64]) -> None:
+        """The records came, complete, from a tier below that has verified these checksums."""
+        if self._checksums is not None:
+            self._checksums[slots] = checksums
+
     def intact(self, slots: NDArray[np.integer]) -> NDArray[np.bool_]:
         """Which records still have the checksum they were sealed with."""
         if self._checksums is None:

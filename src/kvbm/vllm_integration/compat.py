@@ -64,6 +64,12 @@ def calls_layer_hooks(forward_context: Any) -> bool:
     return isinstance(metadata, dict) and bool(metadata) and getattr(mode, "name", "NONE") != "FULL"
 
 
+def replica_of(parallel_config: Any) -> int:
+    """Number of this engine among the replicas of one deployment, which may share a machine."""
+    index = getattr(parallel_config, "data_parallel_index", None)
+    return parallel_config.data_parallel_rank if index is None else index
+
+
 def hold_blocks(block_pool: Any, block_ids: Iterable[int]) -> None:
     """Keep device blocks from being given out, as if one more request used them."""
     block_pool.touch(_blocks(block_pool, block_ids))

@@ -63,12 +63,6 @@ class Geometry:
     num_device_blocks: int
     ranks: int
 
-    def num_slots(self, cache_gb: float, num_blocks: int | None) -> int:
-        """Host blocks that the configured size gives; the size is the sum over all ranks."""
-        if num_blocks:
-            return num_blocks
-        return int(cache_gb * 1e9 // (slot_bytes(self.record_bytes) * self.ranks))
-
     def host_bytes(self, num_slots: int) -> int:
         return num_slots * slot_bytes(self.record_bytes) * self.ranks
 

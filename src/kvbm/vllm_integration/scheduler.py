@@ -8,6 +8,7 @@ from typing import Any
 from kvbm.config import Config
 from kvbm.errors import CapacityError
 from kvbm.logic.planner import Outcome
+from kvbm.runtime.disk import disk_record_bytes, num_disk_slots, num_host_slots
 from kvbm.runtime.leader import Leader
 from kvbm.runtime.messages import StepOrders, WorkerReport
 from kvbm.vllm_integration import compat
@@ -41,10 +42,10 @@ class SchedulerSide:
 
     # ---- a request arrives ----
 
-    def match(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+    def match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens beyond `num_computed_tokens` that can be loaded, and whether the request must wait for them.
 
-        Asked again in every step until it fits.
+        Asked again in every step until it fits. None: the request has to wait for the answer.
         """
         leader = self.leader
         if leader is None or not self._follow(request) or num_computed_tokens % self._block_size:
@@ -55,7 +56,9 @@ class SchedulerSide:
             return 0, False
         # A step has to compute at least one token, and a whole block costs it no more.
         useful = (request.num_tokens - 1) // self._block_size - first
-        blocks = max(0, min(leader.match(request.request_id, first), useful))
+        blocks = leader.match(request.request_id, first, max(0, useful))
+        if blocks is None:
+            return None, False
         # An engine that has nothing else to do may as well start on the request while it is loaded. All
         # others would stand still meanwhile, so then the request waits and they go on.
         in_step = leader.loads_in_step and not self._running and not self._loading
@@ -123,9 +126,7 @@ class SchedulerSide:
         self._running = set(scheduler_output.num_scheduled_tokens)
         if changed:
             leader.store(self._computed(changed, scheduler_output.num_scheduled_tokens))
-        orders = leader.take_orders()
-        orders.computes = scheduler_output.total_num_scheduled_tokens > 0
-        return orders
+        return leader.take_orders(scheduler_output.total_num_scheduled_tokens)
 
     def _computed(self, request_ids: Sequence[str], num_scheduled: dict[str, int]) -> list[tuple[str, int]]:
         """Blocks of each request that are full, known and computed at the end of this step."""
@@ -209,16 +210,29 @@ def make_scheduler_side(vllm_config: Any, kv_cache_config: Any, config: Config) 
         block_size=shape.block_size,
         num_slots=slots_of(shape, config),
         ranks=shape.ranks,
+        disk_slots=disk_slots_of(shape, config),
+        disk_record_bytes=disk_record_bytes(shape.record_bytes, shape.ranks),
     )
     return SchedulerSide(leader, shape.block_size)
 
 
 def slots_of(shape: Geometry, config: Config) -> int:
     """Blocks of the host tier; CapacityError if the configured size holds none."""
-    slots = shape.num_slots(config.host.cache_gb, config.host.num_blocks)
+    slots = num_host_slots(config, shape.record_bytes, shape.ranks)
     if slots < 1:
         raise CapacityError(
             f"DYN_KVBM_CPU_CACHE_GB={config.host.cache_gb} is less than one block of "
             f"{shape.host_bytes(1) / 1e9:.6f} GB: raise it, or unset it to run without KVBM."
+        )
+    return slots
+
+
+def disk_slots_of(shape: Geometry, config: Config) -> int:
+    """Blocks of the disk tier, 0 without one; CapacityError if the configured size holds none."""
+    slots = num_disk_slots(config, shape.record_bytes, shape.ranks)
+    if config.has_disk and slots < 1:
+        raise CapacityError(
+            f"DYN_KVBM_DISK_CACHE_GB={config.disk.cache_gb} is less than one block of "
+            f"{disk_record_bytes(shape.record_bytes, shape.ranks) / 1e9:.6f} GB: raise it, or unset it."
         )
     return slots

@@ -2,25 +2,31 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from kvbm.config import Config
-from kvbm.errors import CapacityError, LayoutError, LostLoadError
-from kvbm.logic.operations import Completion, Direction, Failure, Operation
+from kvbm.errors import CapacityError, ConfigError, LayoutError, LostLoadError
+from kvbm.logic.hashing import Hashes
+from kvbm.logic.operations import BlockIds, Completion, Direction, Failure, Operation
+from kvbm.runtime.disk import start_storage
 from kvbm.runtime.messages import StepOrders, WorkerReport
 from kvbm.runtime.worker import Worker
+from kvbm.storage.store import Found
 from kvbm.transfer.arena import HostArena, ensure_fits
 from kvbm.transfer.calibration import Method
 from kvbm.transfer.copy import CopyEngine, CpuCopyEngine, InStepLoad
 from kvbm.transfer.layout import KvLayout, recognise, tensor_view
 from kvbm.transfer.proof import prove
 from kvbm.transfer.records import HostRecords
+from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.identity import Geometry, geometry
-from kvbm.vllm_integration.scheduler import slots_of
+from kvbm.vllm_integration.scheduler import disk_slots_of, slots_of
+from kvbm.vllm_integration.weights import record_namespace
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +47,8 @@ class WorkerSide:
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, config: Config) -> None:
         self._config = config
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
         self._rank: int = vllm_config.parallel_config.rank
         self._shape = geometry(vllm_config, kv_cache_config) if config.enabled else "KVBM is not configured"
         self._worker: Worker | None = None
@@ -53,6 +61,9 @@ class WorkerSide:
         self._completions: list[Completion] = []
         self._lost: list[Completion] = []
         self._num_slots = 0
+        self._timed = False
+        self._found = _FoundRecords()
+        self._announced_refusal: str | None = None
 
     def register(self, kv_caches: Mapping[str, Any]) -> None:
         """Take the engine's KV tensors and the memory of this rank's share of the host tier."""
@@ -62,12 +73,12 @@ class WorkerSide:
         slots = slots_of(self._shape, self._config)
         ensure_fits(self._shape.host_bytes(slots))
         try:
-            self._worker = _make_worker(kv_caches, self._shape, slots, self._config)
+            self._worker = self._make_worker(kv_caches, self._shape, slots)
             self._num_slots = slots
             self._unannounced = set(kv_caches)
         except LayoutError as error:
             self._refused = str(error)
-        except CapacityError:
+        except (CapacityError, ConfigError):
             raise  # the user asked for what this machine does not have
         except Exception as error:  # a driver without a call that we need, for one
             logger.exception("KVBM: the KV cache can't be copied")
@@ -83,7 +94,10 @@ class WorkerSide:
         self._orders = orders
         if self._worker is not None:
             self._worker.cancel(orders.cancel)
-        if not orders.computes:
+            if orders.forget or orders.forget_all:
+                self._worker.forget_on_disk(np.array(orders.forget, np.int32), orders.forget_all)
+        self._timed = orders.timed and self._rank == 0
+        if not orders.tokens:
             self.start_offloads()  # vLLM before 0.31 does not call wait_for_save then
 
     def start_loads(self, *, by_layer: bool = False) -> None:
@@ -93,7 +107,8 @@ class WorkerSide:
         in_step = self._take(lambda operation: operation.in_step)
         if in_step:
             self._start_in_step(in_step, by_layer)
-        self._submit(Direction.ONBOARD)
+        for direction in (Direction.ONBOARD, Direction.READ, Direction.WRITE):
+            self._submit(direction)
 
     def before_layer(self, name: str) -> None:
         if self._unannounced:
@@ -147,6 +162,8 @@ class WorkerSide:
         if self._worker is None:
             return snapshot
         completions, self._lost = self._lost + self._worker.poll(), []
+        if self._worker.disk_ready:
+            self._found.add(self._worker.take_found())
         for completion in completions:
             self._completions.append(completion)
             load = self._loads.pop(completion.operation_id, None)
@@ -162,23 +179,67 @@ class WorkerSide:
 
     def report(self) -> WorkerReport | None:
         """Completions for the leader, once the `snapshot` of this step was taken."""
-        ready = self._worker.ready_slots if self._worker is not None else 0
-        if ready == self._announced_slots and not self._completions:
+        worker = self._worker
+        ready = worker.ready_slots if worker is not None else 0
+        disk_refused = worker.disk_refused if worker is not None else None
+        if (
+            ready == self._announced_slots
+            and not self._completions
+            and not self._timed
+            and not self._found.wants_report
+            and disk_refused == self._announced_refusal
+        ):
             return None
-        self._announced_slots = ready
+        self._announced_slots, self._announced_refusal = ready, disk_refused
         completions, self._completions = self._completions, []
+        found, found_all = self._found.next_piece()
         return WorkerReport(
             self._rank,
             self._num_slots,
             ready,
-            loads_in_step=self._worker is not None and self._worker.loads_in_step,
+            loads_in_step=worker is not None and worker.loads_in_step,
             refused=self._refused,
             completions=completions,
+            timed=self._timed,
+            found=found,
+            found_all=found_all,
+            disk_refused=disk_refused,
         )
 
     def close(self) -> None:
         if self._worker is not None:
             self._worker.close()
+
+    def _make_worker(self, kv_caches: Mapping[str, Any], shape: Geometry, slots: int) -> Worker:
+        config = self._config
+        layout = recognise(
+            (tensor_view(name, tensor) for name, tensor in kv_caches.items()),
+            shape.num_device_blocks,
+            shape.record_bytes,
+        )
+        arena = HostArena(slots, layout.record_bytes)
+        device = next(iter(kv_caches.values())).device
+        wanted = config.transfer.copy_method
+        engine = make_copy_engine(layout, arena, device, None if wanted == "auto" else Method(wanted))
+        prove(kv_caches, layout, engine, arena)
+        disk = None
+        if config.has_disk:
+            disk = start_storage(
+                config,
+                arena,
+                num_slots=disk_slots_of(shape, config),
+                namespace=record_namespace(self._vllm_config, self._kv_cache_config, shape, kv_caches),
+                rank=self._rank,
+                ranks=shape.ranks,
+                replica=compat.replica_of(self._vllm_config.parallel_config),
+            )
+        checksum = config.host.checksum
+        return Worker(
+            HostRecords(arena, engine, checksum=device.type == "cpu" if checksum is None else checksum),
+            # More threads than half the cores would take them from the model.
+            threads=max(1, min(config.transfer.max_concurrent, (os.cpu_count() or 2) // 2)),
+            disk=disk,
+        )
 
 
 def make_copy_engine(
@@ -194,20 +255,29 @@ def make_copy_engine(
     raise LayoutError(f"The KV cache lies on {device}: KVBM copies from CPU and CUDA devices only.")
 
 
-def _make_worker(kv_caches: Mapping[str, Any], shape: Geometry, slots: int, config: Config) -> Worker:
-    layout = recognise(
-        (tensor_view(name, tensor) for name, tensor in kv_caches.items()),
-        shape.num_device_blocks,
-        shape.record_bytes,
-    )
-    arena = HostArena(slots, layout.record_bytes)
-    device = next(iter(kv_caches.values())).device
-    wanted = config.transfer.copy_method
-    engine = make_copy_engine(layout, arena, device, None if wanted == "auto" else Method(wanted))
-    prove(kv_caches, layout, engine, arena)
-    checksum = config.host.checksum
-    return Worker(
-        HostRecords(arena, engine, checksum=device.type == "cpu" if checksum is None else checksum),
-        # More threads than half the cores would take them from the model.
-        threads=max(1, min(config.transfer.max_concurrent, (os.cpu_count() or 2) // 2)),
-    )
+class _FoundRecords:
+    """What an earlier run left on disk, told to the leader in pieces that no step notices."""
+
+    _PIECE = 32768
+
+    def __init__(self) -> None:
+        self._slots = np.empty(0, np.int32)
+        self._hashes = np.empty((0, 2), np.uint64)
+        self._told = 0
+        self.wants_report = False
+
+    def add(self, found: Sequence[Found]) -> None:
+        """All of it, once."""
+        if found:
+            self._slots = np.concatenate([part.slots for part in found])
+            self._hashes = np.concatenate([part.hashes for part in found])
+            self.wants_report = True
+
+    def next_piece(self) -> tuple[tuple[BlockIds, Hashes] | None, bool]:
+        """The next piece and whether it is the last."""
+        if not self.wants_report:
+            return None, False
+        part = slice(self._told, self._told + self._PIECE)
+        self._told += self._PIECE
+        self.wants_report = self._told < len(self._slots)
+        return (self._slots[part], self._hashes[part]), not self.wants_report

@@ -1,0 +1,75 @@
+"""Whether blocks are had sooner from a tier than by computing them again."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Rate:
+    """Amount per second, of late: a sample's weight falls by a tenth with each that follows."""
+
+    _KEEP = 0.9
+
+    def __init__(self) -> None:
+        self._amount = 0.0
+        self._seconds = 0.0
+
+    def sample(self, amount: float, seconds: float) -> None:
+        self._amount = self._KEEP * self._amount + amount
+        self._seconds = self._KEEP * self._seconds + seconds
+
+    @property
+    def value(self) -> float | None:
+        """None while nothing was measured."""
+        return self._amount / self._seconds if self._seconds > 0 else None
+
+
+class LoadEstimate:
+    """Compares reading with computing, both as measured. Times in seconds, from any clock.
+
+    Nothing is declined before both rates are known.
+    """
+
+    # Steps of fewer tokens say more about the engine's overhead than about its speed.
+    MIN_TOKENS = 128
+    # A load has to promise this much more than it takes: the measured rates are those of a moment ago.
+    MARGIN = 1.1
+    # A tier that is never read is never measured again: after so long a small load is tried.
+    RETRY_S = 30.0
+    RETRY_BLOCKS = 16
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._reading = Rate()  # blocks
+        self._computing = Rate()  # tokens
+        self._read_at = 0.0
+
+    def read(self, blocks: int, seconds: float, now: float) -> None:
+        """So many blocks were read while the tier was busy for so long."""
+        self._reading.sample(blocks, seconds)
+        self._read_at = now
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        """A step of the model."""
+        if tokens >= self.MIN_TOKENS:
+            self._computing.sample(tokens, seconds)
+
+    def paying(self, to_read: NDArray[np.bool_], queued: int, now: float) -> int:
+        """How many of the first blocks of a prompt to load. shape (n,): which of them have to be read.
+
+        The others are in faster memory. queued: blocks to be read before these.
+        """
+        reading, computing = self._reading.value, self._computing.value
+        if reading is None or computing is None or not to_read.any():
+            return len(to_read)
+        # What lies before the first block to be read can be had without reading.
+        head = int(np.argmax(to_read))
+        rest = to_read[head:]
+        read_s = self.MARGIN / reading if reading > 0 else np.inf
+        gain = np.arange(1, len(rest) + 1) * (self._block_size / computing)
+        gain -= (np.cumsum(rest) + queued) * read_s
+        best = int(np.argmax(gain))
+        if gain[best] > 0:
+            return head + best + 1
+        if now - self._read_at > self.RETRY_S:
+            return head + min(self.RETRY_BLOCKS, len(rest))
+        return head

@@ -1,0 +1,129 @@
+"""The disk tier as the settings want it: the leader's half and each rank's half."""
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from kvbm.config import Config
+from kvbm.errors import ConfigError
+from kvbm.logic.admission import FrequencyFilter, WriteBudget
+from kvbm.logic.disk import DiskLimits, DiskTier
+from kvbm.logic.estimate import LoadEstimate
+from kvbm.logic.index import Slots
+from kvbm.logic.policies import load_policy
+from kvbm.logic.pool import BlockPool
+from kvbm.storage.client import StorageClient
+from kvbm.storage.containers import ensure_room, stride_of
+from kvbm.storage.messages import Options
+from kvbm.transfer.arena import HostArena, slot_bytes
+
+# Without a host cache blocks pass through one of this size: the most that one request can have from disk.
+_STAGING_BYTES = 1e9
+_MIN_STAGING_BLOCKS = 16
+# One operation: small enough that a prompt's first blocks are there while others are read.
+_BATCH_BLOCKS = 32
+_FILTER_BLOCKS = 1_000_000
+
+
+def num_host_slots(config: Config, record_bytes: int, ranks: int) -> int:
+    """Blocks of the host tier: as configured, or what a disk tier alone needs."""
+    host = config.host
+    size = slot_bytes(record_bytes) * ranks
+    if host.num_blocks or host.cache_gb:
+        return host.num_blocks or int(host.cache_gb * 1e9 // size)
+    staging = max(_MIN_STAGING_BLOCKS, int(_STAGING_BYTES // size))
+    return min(staging, max(_MIN_STAGING_BLOCKS, num_disk_slots(config, record_bytes, ranks)))
+
+
+def num_disk_slots(config: Config, record_bytes: int, ranks: int) -> int:
+    """Blocks of the disk tier, headers included in its size."""
+    size = disk_record_bytes(record_bytes, ranks)
+    return config.disk.num_blocks or int(config.disk.cache_gb * 1e9 // size)
+
+
+def disk_record_bytes(record_bytes: int, ranks: int) -> int:
+    """What a block takes on disk, on all ranks together."""
+    return stride_of(slot_bytes(record_bytes)) * ranks
+
+
+def make_disk_tier(
+    config: Config,
+    host: BlockPool,
+    *,
+    capacity: int,
+    record_bytes: int,
+    ranks: int,
+    ids: Iterator[int],
+    drop: Callable[[Slots], None],
+    estimate: LoadEstimate,
+) -> DiskTier:
+    """The leader's half. record_bytes: see `disk_record_bytes`."""
+    disk = config.disk
+    unfiltered = disk.disable_filter
+    if unfiltered is None:
+        unfiltered = not (config.host.num_blocks or config.host.cache_gb)
+    remembered = min(_FILTER_BLOCKS, max(65536, 2 * (capacity + host.capacity)))
+    return DiskTier(
+        host,
+        BlockPool(capacity, load_policy(disk.policy, "disk.policy"), tier="disk", usable=0),
+        ranks=ranks,
+        ids=ids,
+        drop=drop,
+        limits=DiskLimits(
+            max_batch_blocks=min(_BATCH_BLOCKS, config.transfer.max_batch_blocks),
+            # A write keeps its host block from eviction: never all of them.
+            max_queued_writes=min(disk.max_queued_blocks, max(1, host.capacity // 4)),
+            max_fetched_blocks=max(1, host.capacity * 3 // 4),
+            timeout_s=disk.timeout_s,
+        ),
+        admission=None if unfiltered else FrequencyFilter(remembered),
+        budget=WriteBudget(int(disk.write_gb_per_day * 1e9 // record_bytes))
+        if disk.write_gb_per_day
+        else None,
+        estimate=estimate if disk.skip_slow_loads else None,
+    )
+
+
+def start_storage(
+    config: Config,
+    arena: HostArena,
+    *,
+    num_slots: int,
+    namespace: bytes,
+    rank: int,
+    ranks: int,
+    replica: int = 0,
+) -> StorageClient:
+    """A rank's half: its I/O process. namespace: of this rank's records, 16 bytes.
+
+    replica: number of the engine among those of one deployment (data parallelism), for its own folder.
+    CapacityError or ConfigError where the settings ask for what this machine does not have.
+    """
+    disk = config.disk
+    if disk.backend != "posix" and find_spec("nixl_cu12") is None and find_spec("nixl_cu13") is None:
+        raise ConfigError(
+            f"disk.backend = {disk.backend!r} needs NIXL, which is not installed: pip install nixl, or set "
+            f"KVBM_DISK_BACKEND=posix."
+        )
+    folders = [
+        Path(folder) / f"kvbm-{replica}" / f"rank-{rank}" for folder in disk.dir.split(":") if folder.strip()
+    ]
+    min_free = int(disk.min_free_gb * 1e9)
+    ensure_room(folders, num_slots, stride_of(arena.slot_bytes), min_free)
+    options = Options(
+        folders=[str(folder) for folder in folders],
+        namespace=namespace,
+        rank=rank,
+        ranks=ranks,
+        record_bytes=arena.record_bytes,
+        slot_bytes=arena.slot_bytes,
+        host_slots=arena.num_slots,
+        disk_slots=num_slots,
+        backend=disk.backend,
+        threads=disk.threads,
+        zerofill_fallback=disk.zerofill_fallback,
+        o_direct=not disk.disable_o_direct,
+        open_direct=disk.allocator == "open-direct",
+        min_free_bytes=min_free,
+    )
+    return StorageClient(options, arena.fd)

@@ -1,0 +1,114 @@
+"""What tells the bytes of one engine's records from another's, beyond the namespace: for records that stay.
+
+A host tier lives and dies with its engine. A disk outlives it, and the next engine may have other weights
+under the same name, another kernel or another CPU. Whatever changes the bytes must change the digest; a
+change that leaves them alone costs a cold start.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+
+from kvbm.logic.hashing import namespace_digest
+from kvbm.transfer.layout import block_dimension
+from kvbm.vllm_integration.identity import Geometry, engine_namespace
+
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+# vLLM's CPU kernels order a block's values as these instructions like them.
+_CPU_FLAGS = {
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "sve",
+}
+
+
+def record_namespace(
+    vllm_config: Any, kv_cache_config: Any, shape: Geometry, kv_caches: Mapping[str, Any]
+) -> bytes:
+    """Digest of all that the bytes of a rank's records depend on, 16 bytes."""
+    model = vllm_config.model_config
+    return namespace_digest(
+        {
+            "namespace": engine_namespace(vllm_config, kv_cache_config, shape).hex(),
+            "weights": fingerprint(str(model.model), getattr(model, "revision", None)),
+            "load_format": str(vllm_config.load_config.load_format),
+            "seed": model.seed,
+            "vllm": vllm.__version__,
+            "device": _device(next(iter(kv_caches.values())).device),
+            "backends": _backends(vllm_config, kv_caches),
+            "tensors": [_tensor(name, tensor, shape) for name, tensor in kv_caches.items()],
+        }
+    )
+
+
+def fingerprint(model: str, revision: str | None = None) -> list[object]:
+    """What the weights under a name are: names, sizes and times of files, or the commit of a hub's model."""
+    path = Path(model)
+    if path.is_file():
+        return [_file(path)]
+    if path.is_dir():
+        return [_file(file) for file in sorted(path.iterdir()) if file.suffix in _WEIGHTS]
+    return [model, revision, _hub_commit(model, revision)]
+
+
+@functools.lru_cache(maxsize=1024)
+def adapter_fingerprint(path: str, adapter_id: int) -> str:
+    """The same for an adapter, once for each id: under a new id there may be new weights."""
+    return json.dumps(fingerprint(path), default=str)
+
+
+def _file(path: Path) -> list[object]:
+    stat = path.stat()
+    # In a hub's cache files are links to blobs that are named by their contents.
+    return [path.name, os.path.basename(os.path.realpath(path)), stat.st_size, stat.st_mtime_ns]
+
+
+def _hub_commit(model: str, revision: str | None) -> str | None:
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(model, "config.json", revision=revision)
+    except Exception:  # no such library, or a name that is none of a hub
+        return None
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def _device(device: torch.device) -> list[object]:
+    if device.type == "cuda":
+        return ["cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)]
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        words = set()
+    return [device.type, os.uname().machine, sorted(words & _CPU_FLAGS)]
+
+
+def _backends(vllm_config: Any, kv_caches: Mapping[str, Any]) -> list[str]:
+    layers = vllm_config.compilation_config.static_forward_context
+    names = {
+        layers[name].get_attn_backend().full_cls_name()
+        for name in kv_caches
+        if hasattr(layers.get(name), "get_attn_backend")
+    }
+    return sorted(map(str, names))
+
+
+def _tensor(name: str, tensor: torch.Tensor, shape: Geometry) -> list[object]:
+    block_dim = block_dimension(tuple(tensor.shape), shape.num_device_blocks, name)
+    inner = [dim for dim in range(tensor.dim()) if dim != block_dim]
+    # Of strides only their order: they may depend on the number of blocks.
+    order = sorted(inner, key=lambda dim: (-tensor.stride(dim), dim))
+    parts = tensor.shape[block_dim] // shape.num_device_blocks
+    return [str(tensor.dtype), block_dim, parts, [tensor.shape[dim] for dim in inner], order]
