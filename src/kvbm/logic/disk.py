@@ -115,8 +115,6 @@ class DiskTier:
         self._failures_in_row = 0
         self._paused_until = -np.inf
         self._pause_s = _PAUSE_S[0]
-        self._arrived = 0  # blocks read since `_reading_since`
-        self._reading_since = 0.0
 
     # ---- state ----
 
@@ -155,9 +153,6 @@ class DiskTier:
             self._restore_deadline = now + self._limits.patience_s
         if self._admission is not None:
             self._admission.decay(now)
-        if self._estimate is not None and self._arrived:
-            self._estimate.read(self._arrived, now - self._reading_since, now)
-            self._arrived, self._reading_since = 0, now
         if self._restore.complete and not self.pool.usable:
             self._adopt()
         for transfer in self._in_flight.values():
@@ -294,8 +289,6 @@ class DiskTier:
 
     def _read(self, host_slots: Slots, disk_slots: Slots) -> None:
         """Both complete, or registered, and the disk slots pinned for this."""
-        if not self._queued_reads:
-            self._arrived, self._reading_since = 0, self._now
         self._host.pin(host_slots)
         self._queued_reads += len(host_slots)
         self._start(_READ, host_slots, disk_slots)
@@ -354,7 +347,8 @@ class DiskTier:
             arrived = host[~failed & (self._host.states(host) == _COMPLETE)]
             self._host.register(arrived)
             self.stats.read_blocks += len(arrived)
-            self._arrived += len(arrived)
+            if self._estimate is not None and transfer.seconds:
+                self._estimate.read(len(host), transfer.seconds, self._now)
             self._drop_host(host[failed])
             if reason >= Failure.ERROR:  # it can't be read, or is damaged: it never will be better
                 bad = disk[failed & (self.pool.states(disk) == _REGISTERED)]

@@ -20,12 +20,14 @@ class InFlight:
     failed: NDArray[np.bool_]
     reason: Failure = Failure.NONE
     expired: bool = False
+    seconds: float = 0.0  # of the slowest rank
 
     def report(self, rank: int, completion: Completion) -> bool:
         """Take in a rank's word; whether it was waited for."""
         if rank not in self.waiting_for:
             return False
         self.fail(completion.failed, completion.reason)
+        self.seconds = max(self.seconds, completion.seconds)
         if completion.quiesced:
             self.waiting_for.discard(rank)
         return True

@@ -65,5 +65,6 @@ class Completion:
     operation_id: int
     failed: BlockIds  # positions within the operation whose bytes did not arrive
     reason: Failure = Failure.NONE
+    seconds: float = 0.0  # that the tier was busy with it, where the rank measures that
     # False: the deadline has passed but the copy may still touch the blocks; another completion follows.
     quiesced: bool = True

@@ -72,8 +72,8 @@ def make_disk_tier(
         limits=DiskLimits(
             max_batch_blocks=min(_BATCH_BLOCKS, config.transfer.max_batch_blocks),
             # A write keeps its host block from eviction: never all of them.
-            max_queued_writes=min(disk.max_queued_blocks, max(1, host.capacity // 4)),
-            max_fetched_blocks=max(1, host.capacity * 3 // 4),
+            max_queued_writes=min(disk.max_queued_blocks, max(1, host.capacity // 2)),
+            max_fetched_blocks=max(1, host.capacity // 2),
             timeout_s=disk.timeout_s,
         ),
         admission=None if unfiltered else FrequencyFilter(remembered),

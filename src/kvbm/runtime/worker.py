@@ -311,7 +311,7 @@ class Worker:
             if task.operation.direction == Direction.READ:
                 self._records.adopt(task.operation.host_slots, result.checksums)
             with self._lock:
-                self._finish_running(task, result.failed, _FAILURES[result.status])
+                self._finish_running(task, result.failed, _FAILURES[result.status], result.seconds)
 
     # ---- copies by threads ----
 
@@ -347,14 +347,14 @@ class Worker:
 
     # ---- under the lock ----
 
-    def _finish_running(self, task: _Task, failed: BlockIds, reason: Failure) -> None:
+    def _finish_running(self, task: _Task, failed: BlockIds, reason: Failure, seconds: float = 0.0) -> None:
         if task.reason:
             failed = task.operation.positions
-        self._finish(task, failed, max(reason, task.reason))
+        self._finish(task, failed, max(reason, task.reason), seconds)
 
-    def _finish(self, task: _Task, failed: BlockIds, reason: Failure) -> None:
+    def _finish(self, task: _Task, failed: BlockIds, reason: Failure, seconds: float = 0.0) -> None:
         del self._tasks[task.operation.id]
-        self._completions.append(Completion(task.operation.id, failed, reason))
+        self._completions.append(Completion(task.operation.id, failed, reason, seconds))
 
     def _time_out(self, task: _Task) -> None:
         task.reason = max(task.reason, Failure.TIMEOUT)

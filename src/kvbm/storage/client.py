@@ -46,12 +46,13 @@ _OVERDUE = 2.0  # times its timeout, after which a batch shows that the process 
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """What became of a batch. checksums: uint64, of what was read."""
+    """What became of a batch. checksums: uint64, of what was read. seconds: see `Done`."""
 
     id: int
     failed: NDArray[np.int32]
     status: Status
     checksums: NDArray[np.uint64]
+    seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -173,7 +174,9 @@ class StorageClient:
                 if self._batches.pop(reply.id, None) is not None:
                     failed = np.frombuffer(reply.failed, np.int32)
                     checksums = np.frombuffer(reply.checksums, np.uint64)
-                    replies.results.append(BatchResult(reply.id, failed, Status(reply.status), checksums))
+                    replies.results.append(
+                        BatchResult(reply.id, failed, Status(reply.status), checksums, reply.seconds)
+                    )
             case FoundRecords():
                 self._found.append(
                     Found(

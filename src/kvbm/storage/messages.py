@@ -43,12 +43,16 @@ Request = Batch | Discard | Clear
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """The batch is over. failed: int32 positions. checksums: of what was read, uint64, 0 where it failed."""
+    """The batch is over. failed: int32 positions. checksums: of what was read, uint64, 0 where it failed.
+
+    seconds: that its reads took, counted from the end of the batch before if that was still being read.
+    """
 
     id: int
     failed: bytes
     status: int
     checksums: bytes
+    seconds: float
 
 
 class FoundRecords(msgspec.Struct, frozen=True, tag=True):

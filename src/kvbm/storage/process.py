@@ -81,6 +81,7 @@ class _Batch:
     """A batch under way: a record is one piece of work."""
 
     request: Batch
+    received: float
     deadline: float
     host_slots: NDArray[np.int32]
     disk_slots: NDArray[np.int32]
@@ -104,6 +105,7 @@ class Executor:
         self._writes: deque[tuple[_Batch, int]] = deque()
         self._work = threading.Condition()
         self._closed = False
+        self._read_until = 0.0  # when the last batch of reads was over
         self._reported: dict[str, float] = {}
         self._threads = [
             threading.Thread(target=self._run, name=f"kvbm-io-{i}", daemon=True) for i in range(threads)
@@ -113,9 +115,11 @@ class Executor:
 
     def submit(self, request: Batch) -> None:
         host_slots = np.frombuffer(request.host_slots, np.int32)
+        now = time.monotonic()
         batch = _Batch(
             request,
-            time.monotonic() + request.timeout_s,
+            now,
+            now + request.timeout_s,
             host_slots,
             np.frombuffer(request.disk_slots, np.int32),
             np.frombuffer(request.checksums, np.uint64) if request.checksums else None,
@@ -201,9 +205,13 @@ class Executor:
             batch.left -= 1
             if batch.left:
                 return
+            now = time.monotonic()
+            seconds = now - max(batch.received, self._read_until)
+            if not batch.request.write:
+                self._read_until = now
         failed = np.array(sorted(batch.failed), np.int32)
         self._channel.send(
-            Done(batch.request.id, failed.tobytes(), int(batch.status), batch.checksums.tobytes())
+            Done(batch.request.id, failed.tobytes(), int(batch.status), batch.checksums.tobytes(), seconds)
         )
 
     def _report(self, text: str, kind: str) -> None:
