@@ -25,6 +25,7 @@ from kvbm.transfer.records import HostRecords
 
 logger = logging.getLogger(__name__)
 
+_IDLE_STEP_S = 2e-4
 _NONE_FAILED = np.empty(0, np.int32)
 _FAILURES = {
     Status.DONE: Failure.NONE,
@@ -209,6 +210,15 @@ class Worker:
                 task = self._tasks.get(id_)
                 if task is not None:
                     task.reason = max(task.reason, Failure.CANCELLED)
+
+    def let_others_run(self) -> None:
+        """For a step that computes nothing, of which an engine makes thousands while it waits for a load.
+
+        They would keep the GIL from our threads, which need it for every block, and the core from the I/O
+        process: two requests were answered in 4.7 s instead of 0.8.
+        """
+        if self._tasks and len(self._tasks) > len(self._transfers):
+            time.sleep(_IDLE_STEP_S)
 
     def poll(self) -> list[Completion]:
         """Completions since the last call, each operation's final one exactly once."""

@@ -62,6 +62,7 @@ class WorkerSide:
         self._lost: list[Completion] = []
         self._num_slots = 0
         self._timed = False
+        self._computes = True
         self._found = _FoundRecords()
         self._announced_refusal: str | None = None
 
@@ -97,7 +98,8 @@ class WorkerSide:
             if orders.forget or orders.forget_all:
                 self._worker.forget_on_disk(np.array(orders.forget, np.int32), orders.forget_all)
         self._timed = orders.timed and self._rank == 0
-        if not orders.tokens:
+        self._computes = orders.tokens > 0
+        if not self._computes:
             self.start_offloads()  # vLLM before 0.31 does not call wait_for_save then
 
     def start_loads(self, *, by_layer: bool = False) -> None:
@@ -161,6 +163,8 @@ class WorkerSide:
         snapshot = Snapshot()
         if self._worker is None:
             return snapshot
+        if not self._computes:
+            self._worker.let_others_run()
         completions, self._lost = self._lost + self._worker.poll(), []
         if self._worker.disk_ready:
             self._found.add(self._worker.take_found())
