@@ -110,6 +110,7 @@ class DiskTier:
         self._queued_writes = self._queued_reads = 0
         self._fetches: dict[str, _Fetch] = {}
         self._fetched = 0  # blocks that fetches hold
+        self._arriving = np.zeros(host.capacity, bool)  # host slots that are being read into
         self._restore = _Restore(pool.capacity, ranks)
         self._restore_deadline: float | None = None
         self._failures_in_row = 0
@@ -261,7 +262,8 @@ class DiskTier:
     def _begin(self, hashes: Hashes) -> _Fetch:
         if not self.ready or self._now < self._paused_until or not len(hashes):
             return _Fetch()
-        in_host = self._host.find(hashes) >= 0
+        host = self._host.find(hashes)
+        in_host = host >= 0
         disk = self.pool.find(hashes)
         on_disk = (disk >= 0) & (self.pool.states(disk) == _REGISTERED) & ~in_host
         gaps = np.flatnonzero(~(in_host | on_disk))
@@ -272,7 +274,8 @@ class DiskTier:
             self.stats.declined_blocks += int(np.count_nonzero(to_read[end:]))
         room = self._limits.max_fetched_blocks - max(self._fetched, self._queued_reads)
         end = int(np.searchsorted(np.cumsum(to_read[:end]), room, side="right"))
-        if not to_read[:end].any():
+        coming = to_read[:end] | (in_host[:end] & self._arriving[host[:end]])
+        if not coming.any():
             return _Fetch()
         slots, is_new = self._host.claim(hashes[:end], room)
         missing = np.flatnonzero(slots < 0)
@@ -290,6 +293,7 @@ class DiskTier:
     def _read(self, host_slots: Slots, disk_slots: Slots) -> None:
         """Both complete, or registered, and the disk slots pinned for this."""
         self._host.pin(host_slots)
+        self._arriving[host_slots] = True
         self._queued_reads += len(host_slots)
         self._start(_READ, host_slots, disk_slots)
 
@@ -344,6 +348,7 @@ class DiskTier:
         self._count(direction, reason, int(np.count_nonzero(failed)))
         if direction == _READ:
             self._queued_reads -= len(host)
+            self._arriving[host] = False
             arrived = host[~failed & (self._host.states(host) == _COMPLETE)]
             self._host.register(arrived)
             self.stats.read_blocks += len(arrived)

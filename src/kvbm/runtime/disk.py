@@ -55,7 +55,7 @@ def make_disk_tier(
     ranks: int,
     ids: Iterator[int],
     drop: Callable[[Slots], None],
-    estimate: LoadEstimate,
+    estimate: LoadEstimate | None,
 ) -> DiskTier:
     """The leader's half. record_bytes: see `disk_record_bytes`."""
     disk = config.disk

@@ -1,4 +1,4 @@
-"""The block manager without an engine: a host tier for KV tensors of numpy or torch (CPU)."""
+"""The block manager without an engine: host and disk tiers for KV tensors of numpy or torch (CPU)."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 
 from kvbm.config import load_config
 from kvbm.errors import CapacityError, ConfigError, UsageError
+from kvbm.logic.disk import DiskStats
 from kvbm.logic.hashing import Hashes, SequenceHasher, namespace_digest, root_hash
 from kvbm.logic.index import Slots
 from kvbm.logic.policies import load_policy
 from kvbm.logic.pool import BlockEvent, BlockPool
+from kvbm.runtime.disk import num_host_slots
+from kvbm.runtime.manager_disk import ManagerDisk
 from kvbm.transfer.arena import HostArena, ensure_fits, slot_bytes
 from kvbm.transfer.copy import CpuCopyEngine
 from kvbm.transfer.layout import KvLayout, recognise, tensor_view
@@ -34,6 +37,7 @@ class ManagerStats:
     onboarded: int
     evicted: int
     corrupt: int
+    disk: DiskStats | None = None
 
 
 class Blocks:
@@ -67,7 +71,9 @@ class KvBlockManager:
     arrays or torch CPU tensors whose first dimension counts blocks; `offload` and `onboard` copy from and to
     them. Or block_bytes gives the size of a block that `write` fills.
     namespace: whatever else determines the bytes (model, dtype, ...); a mapping of JSON-serialisable values.
-    settings: see docs/configuration.md, as host__cache_gb=4 or {"host": {...}} through `extra`.
+    settings: see docs/configuration.md, as host__cache_gb=4 or {"host": {...}} through `extra`. With
+    disk__cache_gb, blocks that are used again are kept on disk too, also for a later manager of the same
+    namespace. The disk is worked on while calls are made; `match` waits for what it needs from there.
 
     Thread-safe; calls run one after another. Raises ConfigError, CapacityError, LayoutError and UsageError.
     """
@@ -85,7 +91,8 @@ class KvBlockManager:
         config = load_config(extra, **settings)
         if not config.enabled:
             raise ConfigError(
-                "No cache size is configured: pass host__cache_gb=..., or set DYN_KVBM_CPU_CACHE_GB."
+                "No cache size is configured: pass host__cache_gb=... or disk__cache_gb=..., or set "
+                "DYN_KVBM_CPU_CACHE_GB or DYN_KVBM_DISK_CACHE_GB."
             )
         layout = None
         if kv_caches and block_bytes is None:
@@ -94,7 +101,7 @@ class KvBlockManager:
         elif kv_caches or not block_bytes:
             raise UsageError("Give either kv_caches or block_bytes.")
         size = slot_bytes(block_bytes)
-        num_slots = config.host.num_blocks or int(config.host.cache_gb * 1e9 // size)
+        num_slots = num_host_slots(config, block_bytes, ranks=1)
         if num_slots < 1:
             raise CapacityError(
                 f"The host cache is smaller than one block of {size} bytes: raise host.cache_gb."
@@ -111,6 +118,14 @@ class KvBlockManager:
         self._records = HostRecords(self._arena, engine, checksum=config.host.checksum is not False)
         self._pool = BlockPool(num_slots, load_policy(config.host.policy))
         self._lock = threading.RLock()
+        self._disk: ManagerDisk | None = None
+        if config.has_disk:
+            tensors = {
+                name: [str(tensor.dtype), list(tensor.shape[1:])]
+                for name, tensor in (kv_caches or {}).items()
+            }
+            record_namespace = namespace_digest({"cache": self._namespace.hex(), "tensors": tensors})
+            self._disk = ManagerDisk(config, self._pool, self._records, self._arena, record_namespace)
         self._offloaded = self._onboarded = self._corrupt = 0
 
     # ---- block by block ----
@@ -149,17 +164,22 @@ class KvBlockManager:
             owners = self._pool.complete(blocks.slots, hashes)
             self._pool.register(owners[owners == blocks.slots])
             blocks.slots = owners
+            self._seen(owners)
 
     def match(self, tokens: Tokens, *, salt: str | None = None) -> Blocks:
-        """The longest prefix of `tokens` that the tier holds intact. Release it after use."""
+        """The longest prefix of `tokens` that the tiers hold intact. Release it after use."""
         with self._lock:
-            slots = self._pool.match(self._hashes(tokens, salt))
+            hashes = self._hashes(tokens, salt)
+            if self._disk is not None:
+                self._disk.fetch(hashes)
+            slots = self._pool.match(hashes)
             damaged = slots[~self._records.intact(slots)]
             if len(damaged):
                 self._corrupt += len(damaged)
                 self._pool.withdraw(damaged)
                 slots = slots[: int(np.flatnonzero(np.isin(slots, damaged))[0])]
             self._pool.pin(slots)
+            self._seen(slots)
             return Blocks(self, slots)
 
     def read(self, blocks: Blocks, index: int) -> NDArray[np.uint8]:
@@ -183,6 +203,7 @@ class KvBlockManager:
                 self._records.offload(blocks[new], slots[new])
                 self._pool.register(slots[new])
                 self._offloaded += len(new)
+                self._seen(slots[new])
             finally:  # after an error the new blocks are unregistered, and released they are gone
                 self._pool.release(slots[slots >= 0])
             return held
@@ -200,7 +221,15 @@ class KvBlockManager:
 
     def subscribe(self, subscriber: Callable[[BlockEvent], None]) -> Callable[[], None]:
         """Call with every stored and removed event, from the thread that caused it; returns what ends it."""
-        return self._pool.subscribe(subscriber)
+        ends = [self._pool.subscribe(subscriber)]
+        if self._disk is not None:
+            ends.append(self._disk.tier.pool.subscribe(subscriber))
+
+        def unsubscribe() -> None:
+            for end in ends:
+                end()
+
+        return unsubscribe
 
     def stats(self) -> ManagerStats:
         with self._lock:
@@ -213,15 +242,25 @@ class KvBlockManager:
                 onboarded=self._onboarded,
                 evicted=pool.evictions,
                 corrupt=self._corrupt,
+                disk=self._disk.stats() if self._disk is not None else None,
             )
 
     def clear(self) -> None:
-        """Forget all blocks."""
+        """Forget all blocks, also those on disk."""
         with self._lock:
             self._pool.clear()
+            if self._disk is not None:
+                self._disk.clear()
+
+    def flush(self, timeout_s: float = 60.0) -> bool:
+        """Wait until what is being written to disk is there; False if that takes longer."""
+        with self._lock:
+            return self._disk is None or self._disk.flush(timeout_s)
 
     def close(self) -> None:
-        """Give the memory back. Nothing else may be called afterwards."""
+        """Finish writing and give the memory back. Nothing else may be called afterwards."""
+        if self._disk is not None:
+            self._disk.close()
         self._arena.close()
 
     def __enter__(self) -> "KvBlockManager":
@@ -238,6 +277,10 @@ class KvBlockManager:
         hasher = SequenceHasher(root_hash(self._namespace, self.block_size, salt=salt), self.block_size)
         hasher.extend(tokens)
         return hasher.hashes
+
+    def _seen(self, slots: Slots) -> None:
+        if self._disk is not None:
+            self._disk.seen(slots)
 
     def _release(self, slots: Slots) -> None:
         with self._lock:

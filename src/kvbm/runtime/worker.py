@@ -101,8 +101,8 @@ class Worker:
     """Copies between the engine's blocks and `records`, which are checked when they are loaded.
 
     threads: how many operations run at once in each direction, where threads copy: a load, which a request
-    waits for, never queues behind offloads. disk: the I/O process for what lies on disk, if anything does.
-    clock: seconds, monotonic.
+    waits for, never queues behind offloads; 0 where no such operation will be asked for. disk: the I/O
+    process for what lies on disk, if anything does. clock: seconds, monotonic.
     """
 
     def __init__(

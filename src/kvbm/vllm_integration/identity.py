@@ -11,6 +11,7 @@ from typing import Any
 
 from kvbm.logic.hashing import namespace_digest
 from kvbm.transfer.arena import slot_bytes
+from kvbm.vllm_integration.fingerprint import adapter_fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,11 @@ def identify(request: Any) -> RequestIdentity | str:
     if (lora := request.lora_request) is not None:
         if getattr(lora, "load_inplace", False):
             return "LoRA adapter replaced in place"
-        adapter = json.dumps([lora.lora_name, lora.lora_int_id, lora.lora_path])
+        try:
+            weights = adapter_fingerprint(lora.lora_path, lora.lora_int_id)
+        except OSError:
+            return "LoRA adapter whose files can't be read"
+        adapter = json.dumps([lora.lora_name, lora.lora_int_id, lora.lora_path, weights])
     return RequestIdentity(request.cache_salt, adapter, tuple(images))
 
 

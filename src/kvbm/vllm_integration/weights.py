@@ -5,8 +5,6 @@ under the same name, another kernel or another CPU. Whatever changes the bytes m
 change that leaves them alone costs a cold start.
 """
 
-import functools
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +15,9 @@ import vllm
 
 from kvbm.logic.hashing import namespace_digest
 from kvbm.transfer.layout import block_dimension
+from kvbm.vllm_integration.fingerprint import fingerprint
 from kvbm.vllm_integration.identity import Geometry, engine_namespace
 
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 # vLLM's CPU kernels order a block's values as these instructions like them.
 _CPU_FLAGS = {
     "avx2",
@@ -51,38 +49,6 @@ def record_namespace(
             "tensors": [_tensor(name, tensor, shape) for name, tensor in kv_caches.items()],
         }
     )
-
-
-def fingerprint(model: str, revision: str | None = None) -> list[object]:
-    """What the weights under a name are: names, sizes and times of files, or the commit of a hub's model."""
-    path = Path(model)
-    if path.is_file():
-        return [_file(path)]
-    if path.is_dir():
-        return [_file(file) for file in sorted(path.iterdir()) if file.suffix in _WEIGHTS]
-    return [model, revision, _hub_commit(model, revision)]
-
-
-@functools.lru_cache(maxsize=1024)
-def adapter_fingerprint(path: str, adapter_id: int) -> str:
-    """The same for an adapter, once for each id: under a new id there may be new weights."""
-    return json.dumps(fingerprint(path), default=str)
-
-
-def _file(path: Path) -> list[object]:
-    stat = path.stat()
-    # In a hub's cache files are links to blobs that are named by their contents.
-    return [path.name, os.path.basename(os.path.realpath(path)), stat.st_size, stat.st_mtime_ns]
-
-
-def _hub_commit(model: str, revision: str | None) -> str | None:
-    try:
-        from huggingface_hub import try_to_load_from_cache
-
-        path = try_to_load_from_cache(model, "config.json", revision=revision)
-    except Exception:  # no such library, or a name that is none of a hub
-        return None
-    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def _device(device: torch.device) -> list[object]:

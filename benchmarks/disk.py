@@ -1,0 +1,272 @@
+"""How fast records move between host memory and local disk, beside fio on the same files, and what it costs.
+
+    python benchmarks/disk.py --dir /mnt/nvme [--record-mib 2] [--gib 2] [--rounds 5] [--output result.json]
+    python benchmarks/disk.py --dir /mnt/nvme --restart 1000000
+
+The first measures, in rounds that alternate: fio and KVBM's I/O process, checksums included, reading and
+writing records of one size in random order at one depth; CPU seconds of the I/O process per GB; what a Python
+loop in the engine's process loses meanwhile. The second: how long a store of so many records takes to open.
+Needs fio (apt-get install fio).
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from kvbm.storage.client import StorageClient
+from kvbm.storage.containers import ensure_room, paths_of, stride_of
+from kvbm.storage.disk_store import DiskStore
+from kvbm.storage.messages import Batch, Options
+from kvbm.storage.store import Identity, Key
+from kvbm.transfer.arena import HostArena
+
+ARENA_RECORDS = 256
+BATCH = 32
+NAMESPACE = b"benchmark of disk"[:16]
+
+
+class Ours:
+    """KVBM's path: batches to an I/O process over a shared arena."""
+
+    def __init__(self, folder: Path, record_bytes: int, records: int, threads: int, backend: str) -> None:
+        self.records = records
+        self.arena = HostArena(min(ARENA_RECORDS, records), record_bytes)
+        self.arena.slots[:] = np.random.default_rng(0).integers(0, 256, self.arena.slots.shape, np.uint8)
+        ensure_room([folder], records, stride_of(self.arena.slot_bytes), 0)
+        self.client = StorageClient(
+            Options(
+                folders=[str(folder)],
+                namespace=NAMESPACE,
+                rank=0,
+                ranks=1,
+                record_bytes=record_bytes,
+                slot_bytes=self.arena.slot_bytes,
+                host_slots=self.arena.num_slots,
+                disk_slots=records,
+                backend=backend,
+                threads=threads,
+                zerofill_fallback=False,
+                o_direct=True,
+                open_direct=False,
+                min_free_bytes=0,
+            ),
+            self.arena.fd,
+        )
+        while not self.client.ready:
+            if self.client.refused:
+                sys.exit(self.client.refused)
+            self.client.poll()
+            time.sleep(0.001)
+        self.hashes = np.random.default_rng(1).integers(0, 256, (records, 16), np.uint8)
+        self._id = 0
+
+    def run(self, write: bool, rng: np.random.Generator) -> float:
+        """Bytes per second over all records once, in random order."""
+        order = rng.permutation(self.records).astype(np.int32)
+        host = np.arange(self.records, dtype=np.int32) % self.arena.num_slots
+        batches = [slice(at, at + BATCH) for at in range(0, self.records, BATCH)]
+        most = self.arena.num_slots // BATCH
+        in_flight = failed = 0
+        started = time.perf_counter()
+        while batches or in_flight:
+            while batches and in_flight < most:
+                part = batches.pop(0)
+                slots = order[part]
+                self._id += 1
+                self.client.submit(
+                    Batch(
+                        self._id,
+                        write,
+                        host[part].tobytes(),
+                        slots.tobytes(),
+                        self.hashes[slots].tobytes(),
+                        bytes(len(slots)),
+                        b"",
+                        60.0,
+                    )
+                )
+                in_flight += 1
+            for result in self.client.poll().results:
+                in_flight -= 1
+                failed += len(result.failed)
+            time.sleep(2e-4)
+        seconds = time.perf_counter() - started
+        if failed:
+            sys.exit(f"{failed} records failed")
+        return self.records * self.arena.record_bytes / seconds
+
+    def cpu_seconds(self) -> float:
+        fields = Path(f"/proc/{self.client.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def fio(paths: list[Path], write: bool, block: int, total: int, depth: int) -> float:
+    """Bytes per second of fio over so many bytes in random order."""
+    command = [
+        "fio",
+        "--name=kvbm",
+        "--filename=" + ":".join(map(str, paths)),
+        "--rw=" + ("randwrite" if write else "randread"),
+        f"--bs={block}",
+        "--direct=1",
+        "--ioengine=io_uring",
+        f"--iodepth={depth}",
+        f"--size={sum(path.stat().st_size // block * block for path in paths)}",
+        f"--io_size={total // block * block}",
+        "--file_service_type=random",
+        "--fallocate=none",
+        "--output-format=json",
+    ]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    job = json.loads(out[out.index("{") :])["jobs"][0]["write" if write else "read"]
+    return job["bw_bytes"]
+
+
+def loop_rate(seconds: float, meanwhile: Callable[[], Any] | None = None) -> float:
+    """Iterations per second of a Python loop; the other thread only waits for the I/O process."""
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(meanwhile) if meanwhile else None
+        count, started = 0, time.perf_counter()
+        while time.perf_counter() - started < seconds or (other is not None and not other.done()):
+            for _ in range(1000):
+                count += 1
+        rate = count / (time.perf_counter() - started)
+        if other is not None:
+            other.result()
+    return rate
+
+
+def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    record = int(args.record_mib * 2**20)
+    records = int(args.gib * 2**30) // record
+    ours = Ours(folder, record, records, args.threads, args.backend)
+    rng = np.random.default_rng(2)
+    block = stride_of(record)
+    depth = {"write": max(1, args.threads // 2), "read": args.threads}
+    rates: dict[str, list[float]] = {"kvbm write": [], "kvbm read": [], "fio write": [], "fio read": []}
+    cpu: dict[str, list[float]] = {"write": [], "read": []}
+    ours.run(True, rng)  # first writes convert the file system's extents, for both
+    for _ in range(args.rounds):
+        for kind in ("write", "read"):
+            before = ours.cpu_seconds()
+            rates[f"kvbm {kind}"].append(ours.run(kind == "write", rng))
+            cpu[kind].append((ours.cpu_seconds() - before) / (records * record / 1e9))
+        for kind in ("read", "write"):
+            rates[f"fio {kind}"].append(
+                fio(paths_of([folder]), kind == "write", block, records * record, depth[kind])
+            )
+        ours.run(True, rng)  # what fio has overwritten
+    loop_quiet, loop_busy = [], []
+    for _ in range(args.rounds):
+        loop_quiet.append(loop_rate(1.0))
+        loop_busy.append(loop_rate(1.0, lambda: ours.run(False, rng)))
+    data = ours.arena.records()[0].data
+    started = time.perf_counter()
+    for _ in range(200):
+        xxhash.xxh3_64_intdigest(data)
+    checksum = (time.perf_counter() - started) / (200 * record / 1e9)
+    ours.client.close()
+    median = {name: statistics.median(values) / 1e9 for name, values in rates.items()}
+    return {
+        "record bytes": record,
+        "records": records,
+        "depth": depth,
+        "backend": args.backend,
+        "GB/s": {name: [round(value / 1e9, 2) for value in values] for name, values in rates.items()},
+        "median GB/s": {name: round(value, 2) for name, value in median.items()},
+        "part of fio": {
+            kind: round(median[f"kvbm {kind}"] / median[f"fio {kind}"], 3) for kind in ("write", "read")
+        },
+        "CPU s per GB": {kind: round(statistics.median(values), 3) for kind, values in cpu.items()},
+        "checksum s per GB": round(checksum, 3),
+        "python loop, part of its rate while the disk reads": round(
+            statistics.median(loop_busy) / statistics.median(loop_quiet), 4
+        ),
+    }
+
+
+def restart(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Seconds to open a store of small records: with its index, and from the headers alone."""
+    count, record = args.restart, 4096
+    memory = np.frombuffer(HostArena(1, record).slots.tobytes(), np.uint8)  # a place that is only read
+    identity = Identity(NAMESPACE, record)
+    ensure_room([folder], count, stride_of(record), 0)
+
+    def store() -> DiskStore:
+        return DiskStore([folder], identity, count, memory, slot_bytes=record)
+
+    first = store()
+    first.recover()
+    arena = HostArena(64, record)
+    keys = np.random.default_rng(3).integers(0, 256, (count, 16), np.uint8)
+    started = time.perf_counter()
+
+    def write(part: range) -> None:
+        for slot in part:
+            first.write(slot, Key(keys[slot].tobytes()), arena.slots[slot % 64])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, [range(at, min(at + 1000, count)) for at in range(0, count, 1000)]))
+    first.close()
+    written_s = time.perf_counter() - started
+    seconds = {}
+    for name in ("with the index", "from headers"):
+        if name == "from headers":
+            (folder / "index.kvbm").unlink()
+        started = time.perf_counter()
+        again = store()
+        found = len(again.recover())
+        seconds[name] = round(time.perf_counter() - started, 2)
+        if found != count:
+            sys.exit(f"{found} of {count} records found {name}")
+        again.close()
+    return {"records": count, "written in s": round(written_s, 1), "opened in s": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dir", type=Path, required=True, help="a directory on the drive in question")
+    parser.add_argument("--record-mib", type=float, default=2.0)
+    parser.add_argument("--gib", type=float, default=2.0)
+    parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--backend", default="posix")
+    parser.add_argument("--restart", type=int, help="measure instead how long so many records take to open")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    if args.restart is None and shutil.which("fio") is None:
+        sys.exit("fio is not installed: apt-get install fio")
+    folder = Path(tempfile.mkdtemp(prefix="kvbm-benchmark-", dir=args.dir))
+    try:
+        measured = restart(args, folder) if args.restart else throughput(args, folder)
+    finally:
+        shutil.rmtree(folder)
+    result = {
+        "machine": f"{os.cpu_count()} cores, {platform.platform()}",
+        "versions": f"Python {platform.python_version()}, numpy {np.__version__}, xxhash {xxhash.VERSION}",
+        **measured,
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.output:
+        args.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
