@@ -288,7 +288,10 @@ class DiskTier:
         self._read(slots[is_new], sources)
         self._fetched += len(sources)
         # Twice: ranks count theirs from receipt, and reads may have to wait for each other.
-        return _Fetch(slots, self._now + 2 * self._limits.timeout_s, len(sources))
+        patience_s = 2 * self._limits.timeout_s
+        if self._estimate is not None:
+            patience_s = min(patience_s, self._estimate.patience_s(self._queued_reads))
+        return _Fetch(slots, self._now + patience_s, len(sources))
 
     def _read(self, host_slots: Slots, disk_slots: Slots) -> None:
         """Both complete, or registered, and the disk slots pinned for this."""

@@ -36,6 +36,9 @@ class LoadEstimate:
     # A tier that is never read is never measured again: after so long a small load is tried.
     RETRY_S = 30.0
     RETRY_BLOCKS = 16
+    # A request goes without what takes this much longer than it should.
+    PATIENCE = 4.0
+    PATIENCE_S = 1.0
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
@@ -52,6 +55,11 @@ class LoadEstimate:
         """A step of the model."""
         if tokens >= self.MIN_TOKENS:
             self._computing.sample(tokens, seconds)
+
+    def patience_s(self, blocks: int) -> float:
+        """How long to wait for so many blocks before the tier counts as stuck; infinite while unmeasured."""
+        reading = self._reading.value
+        return self.PATIENCE_S + self.PATIENCE * blocks / reading if reading else np.inf
 
     def paying(self, to_read: NDArray[np.bool_], queued: int, now: float) -> int:
         """How many of the first blocks of a prompt to load. shape (n,): which of them have to be read.
