@@ -1,5 +1,6 @@
 """The disk tier as the settings want it: the leader's half and each rank's half."""
 
+import logging
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,9 +14,11 @@ from kvbm.logic.index import Slots
 from kvbm.logic.policies import load_policy
 from kvbm.logic.pool import BlockPool
 from kvbm.storage.client import StorageClient
-from kvbm.storage.containers import ensure_room, stride_of
+from kvbm.storage.containers import ensure_room, lies_in_memory, stride_of
 from kvbm.storage.messages import Options
 from kvbm.transfer.arena import HostArena, slot_bytes
+
+logger = logging.getLogger(__name__)
 
 # Without a host cache blocks pass through one of this size: the most that one request can have from disk.
 _STAGING_BYTES = 1e9
@@ -110,6 +113,10 @@ def start_storage(
     ]
     min_free = int(disk.min_free_gb * 1e9)
     ensure_room(folders, num_slots, stride_of(arena.slot_bytes), min_free)
+    for folder in filter(lies_in_memory, folders):
+        logger.warning(
+            "KVBM: the disk cache lies in memory: %s is no drive (DYN_KVBM_DISK_CACHE_DIR)", folder
+        )
     options = Options(
         folders=[str(folder) for folder in folders],
         namespace=namespace,

@@ -97,6 +97,18 @@ def ensure_room(folders: Sequence[Path], num_slots: int, stride: int, min_free_b
             )
 
 
+def lies_in_memory(folder: Path) -> bool:
+    """Whether a folder is on a file system without a drive, as /tmp may be."""
+    device = folder.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    except OSError:
+        return False
+    # Behind the separator "-" comes the kind of file system.
+    return any(m[2] == number and m[m.index("-") + 1] in ("tmpfs", "ramfs") for m in mounts)
+
+
 class Containers:
     """The open files. Those of another size or geometry are made anew; StorageError where that fails."""
 
