@@ -109,12 +109,13 @@ class DiskStore(RecordStore):
     def write(self, slot: int, key: Key, record: Bytes, checksum: int | None = None) -> None:
         if not self._room:
             raise StorageError("the drive has reached its free-space floor")
+        epoch = self._index.epoch  # a clearing from here on is one of this record too
         digest = self._digest(record)
         if checksum is not None and digest != checksum:
             raise DamagedRecordError("the record changed in host memory since it was written there")
         with self._lock:
             self._sequence += 1
-            header = Header(key, slot, self._index.epoch, self._sequence, int(time.time()), digest)
+            header = Header(key, slot, epoch, self._sequence, int(time.time()), digest)
         self._index.pending(slot, header)
         _, fd, offset = self._containers.place(slot)
         with self._pages.one() as page:

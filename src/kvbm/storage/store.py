@@ -59,7 +59,7 @@ class RecordStore(ABC):
 
     @abstractmethod
     def write(self, slot: int, key: Key, record: Bytes, checksum: int | None = None) -> None:
-        """Store a record in place of what the slot held; on error the slot holds nothing.
+        """Store a record in place of what the slot held; after an error the slot holds that or nothing.
 
         checksum: xxh3-64 that the bytes must have; DamagedRecordError where they have another.
         """
