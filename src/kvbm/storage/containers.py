@@ -2,7 +2,7 @@
 
 Records are dealt out over files in turn, as writes to one file wait for its inode's lock. A file has its full
 size from the start and never grows. It begins with a page that says what it is, and a slot is a header page
-and the record, both aligned for O_DIRECT.
+and the record, both aligned for O_DIRECT. The page of file 0 also has the epoch of the records that count.
 """
 
 import contextlib
@@ -13,14 +13,16 @@ import logging
 import mmap
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from kvbm.errors import CapacityError, StorageError
 from kvbm.storage.record import FORMAT, HEADER_BYTES
+from kvbm.storage.store import Bytes
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,8 @@ FILES_PER_DIRECTORY = 4
 _libc = ctypes.CDLL(None, use_errno=True)
 _MAGIC = b"KVBMFILE"
 _TITLE = struct.Struct("<8sIIIQQ")  # magic, format, file number, files, slots in all, stride
+_EPOCH = struct.Struct("<QQ")  # epoch, xxh3 of its eight bytes
+_EPOCH_AT = 512  # in a sector of its own: a power cut leaves the old one or the new
 _ZEROS = 8 << 20  # bytes written at once where a file must be filled with zeros
 
 
@@ -84,8 +88,10 @@ def ensure_room(folders: Sequence[Path], num_slots: int, stride: int, min_free_b
     for number, path in enumerate(paths):
         device = path.parent.stat().st_dev
         needed[device] = needed.get(device, 0) + size_of(number, len(paths), num_slots, stride)
+    for path in _files_in(folders):
         with contextlib.suppress(FileNotFoundError):
-            free[device] += path.stat().st_blocks * 512
+            stat = path.stat()
+            free[stat.st_dev] += stat.st_blocks * 512
     for folder in folders:
         device = folder.stat().st_dev
         if needed[device] + min_free_bytes > free[device]:
@@ -95,6 +101,12 @@ def ensure_room(folders: Sequence[Path], num_slots: int, stride: int, min_free_b
                 f"Lower DYN_KVBM_DISK_CACHE_GB (or KVBM_DISK_MIN_FREE_GB), or name another directory with "
                 f"DYN_KVBM_DISK_CACHE_DIR."
             )
+
+
+def _files_in(folders: Sequence[Path]) -> Iterator[Path]:
+    """All container files, half-made ones and those of other numbers of folders among them."""
+    for folder in dict.fromkeys(folders):
+        yield from folder.glob("records-*")
 
 
 def lies_in_memory(folder: Path) -> bool:
@@ -118,16 +130,19 @@ class Containers:
         self.kept = True  # all files are those of an earlier run
         self.direct = how.o_direct
         self.sparse = False  # the file system may run out of room while records are written
+        self.epoch = 0  # of the last clearing
         self.fds: list[int] = []
         self._folders = folders
         self._how = how
         paths = paths_of(folders)
         path = paths[0]
         try:
+            for path in set(_files_in(folders)) - set(paths):
+                path.unlink()
             for number, path in enumerate(paths):
-                title = _TITLE.pack(_MAGIC, FORMAT, number, len(paths), num_slots, self.stride)
                 size = size_of(number, len(paths), num_slots, self.stride)
-                self.fds.append(self._open(path, title, size))
+                self.fds.append(self._open(path, self._title(number), size))
+            self.epoch = _read_epoch(paths[0])
         except OSError as error:
             self.close()
             raise StorageError(f"{path} can't be prepared: {error.strerror or error}") from error
@@ -136,6 +151,14 @@ class Containers:
         """Number of the file, its descriptor and the offset of a slot's header."""
         number = slot % len(self.fds)
         return number, self.fds[number], PAGE + slot // len(self.fds) * self.stride
+
+    def encode_epoch(self, page: Bytes, epoch: int) -> tuple[int, int]:
+        """Fill the page that gives the store another epoch; its file's descriptor and its offset."""
+        page[:] = 0
+        title = self._title(0)
+        page[: len(title)] = np.frombuffer(title, np.uint8)
+        _EPOCH.pack_into(page.data, _EPOCH_AT, epoch, _check(epoch))
+        return self.fds[0], 0
 
     @property
     def free_bytes(self) -> int:
@@ -147,6 +170,10 @@ class Containers:
         for fd in self.fds:
             os.close(fd)
         self.fds = []
+
+    def _title(self, number: int) -> bytes:
+        files = FILES_PER_DIRECTORY * len(self._folders)
+        return _TITLE.pack(_MAGIC, FORMAT, number, files, self.num_slots, self.stride)
 
     # ---- opening ----
 
@@ -160,30 +187,24 @@ class Containers:
             os.replace(fresh, path)
         self.sparse |= path.stat().st_blocks * 512 < size
         flags = os.O_RDWR | os.O_CLOEXEC
-        if self.direct and self._how.open_direct:
-            try:
-                return self._probed(os.open(path, flags | os.O_DIRECT), path)
-            except OSError as error:
-                self._without_direct(path, error)
-        fd = os.open(path, flags)
         if self.direct:
             try:
-                fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
-                return self._probed(fd, path)
+                return self._open_direct(path, flags)
             except OSError as error:
                 self._without_direct(path, error)
-                fd = os.open(path, flags)
-        return fd
+        return os.open(path, flags)
 
-    def _probed(self, fd: int, path: Path) -> int:
-        """The descriptor, if a page can be read and written through it as records will be; else OSError."""
-        with mmap.mmap(-1, PAGE) as page:
-            try:
+    def _open_direct(self, path: Path, flags: int) -> int:
+        """A descriptor through which a page can be read and written as records will be; else OSError."""
+        fd = os.open(path, flags | os.O_DIRECT if self._how.open_direct else flags)
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+            with mmap.mmap(-1, PAGE) as page:
                 if os.preadv(fd, [page], 0) != PAGE or os.pwritev(fd, [page], 0) != PAGE:
-                    raise OSError(errno.EIO, f"{path}: a page could not be read and written whole")
-            except OSError:
-                os.close(fd)
-                raise
+                    raise OSError(errno.EIO, "a page could not be read and written whole")
+        except OSError:
+            os.close(fd)
+            raise
         return fd
 
     def _without_direct(self, path: Path, error: OSError) -> None:
@@ -226,6 +247,17 @@ class Containers:
                 path,
             )
             os.ftruncate(fd, size)
+
+
+def _read_epoch(path: Path) -> int:
+    """0 where none was ever written, or it is damaged: then the index or the headers know."""
+    with path.open("rb") as file:
+        epoch, check = _EPOCH.unpack_from(file.read(PAGE), _EPOCH_AT)
+    return epoch if check == _check(epoch) else 0
+
+
+def _check(epoch: int) -> int:
+    return xxhash.xxh3_64_intdigest(epoch.to_bytes(8, "little"))
 
 
 def _is_intact(path: Path, title: bytes, size: int) -> bool:

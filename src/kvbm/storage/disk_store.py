@@ -34,7 +34,7 @@ _SCAN_THREADS = 32  # headers are 4 KiB reads: a drive answers many at once
 
 
 class DiskStore(RecordStore):
-    """Records in container files of `folders`, the first of which also has the index and the lock.
+    """Records in container files of `folders`, the first of which also has the index. Each has a lock.
 
     memory: the arena that records are read into and written from. patience_s: how long a lock that another
     process holds is waited for; then StorageError.
@@ -65,13 +65,15 @@ class DiskStore(RecordStore):
         self._written: list[Header] = []  # since the last commit
         self._sequence = 0
         self._room = True
-        self._guard = _lock_folder(folders[0], patience_s)
-        try:
+        with contextlib.ExitStack() as opened:
+            for folder in dict.fromkeys(folders):
+                opened.callback(os.close, _lock_folder(folder, patience_s))
             self._containers = Containers(folders, num_slots, slot_bytes, self._how)
+            opened.callback(self._containers.close)
             self._index = IndexFile(folders[0] / "index.kvbm", identity, num_slots, self._io)
-        except BaseException:
-            os.close(self._guard)
-            raise
+            opened.callback(self._index.close)
+            self._opened = opened.pop_all()
+        self._epoch = max(self._containers.epoch, self._index.epoch)
 
     @property
     def direct(self) -> bool:
@@ -82,17 +84,22 @@ class DiskStore(RecordStore):
 
     def recover(self) -> Found:
         index = self._index
+        for fd in self._containers.fds:  # what a killed process wrote may still be on its way
+            self._io.sync(fd)
         if not self._containers.kept:
-            index.restore([], index.epoch + 1)
+            self.clear()
         elif index.unknown:
             logger.warning(
                 "the index is missing or damaged: reading the headers of %d records", self.num_slots
             )
             headers = self._scan(range(self.num_slots))
-            index.restore(headers, max((header.epoch for header in headers), default=0))
+            self._epoch = max([self._epoch, *(header.epoch for header in headers)])
+            index.restore([header for header in headers if header.epoch == self._epoch], self._epoch)
+        elif index.epoch < self._epoch:  # the power went during a clearing
+            index.restore([], self._epoch)
         elif index.fresh:
             logger.warning("the records here are of another model or geometry and will be overwritten")
-        doubtful = np.flatnonzero(index.entries["state"] == State.PENDING)
+        doubtful = np.append(index.torn, np.flatnonzero(index.entries["state"] == State.PENDING))
         if len(doubtful):
             self._resolve(doubtful)
         entries = index.entries
@@ -109,7 +116,7 @@ class DiskStore(RecordStore):
     def write(self, slot: int, key: Key, record: Bytes, checksum: int | None = None) -> None:
         if not self._room:
             raise StorageError("the drive has reached its free-space floor")
-        epoch = self._index.epoch  # a clearing from here on is one of this record too
+        epoch = self._epoch  # a clearing from here on is one of this record too
         digest = self._digest(record)
         if checksum is not None and digest != checksum:
             raise DamagedRecordError("the record changed in host memory since it was written there")
@@ -122,7 +129,7 @@ class DiskStore(RecordStore):
             encode_header(page, self._identity, header)
             self._io.write(fd, offset, [page, record])
         with self._lock:
-            if header.epoch != self._index.epoch:
+            if header.epoch != self._epoch:
                 raise StorageError("the store was cleared meanwhile")
             self._written.append(header)
 
@@ -131,7 +138,7 @@ class DiskStore(RecordStore):
         with self._pages.one() as page:
             self._io.read(fd, offset, [page, record])
             header = decode_header(page, self._identity)
-        if (header.key, header.slot, header.epoch) != (key, slot, self._index.epoch):
+        if (header.key, header.slot, header.epoch) != (key, slot, self._epoch):
             raise DamagedRecordError("it is another block's")
         if self._digest(record) != header.checksum:
             raise DamagedRecordError("its checksum is wrong")
@@ -146,24 +153,23 @@ class DiskStore(RecordStore):
 
     def clear(self) -> None:
         with self._lock:
-            self._index.clear()
+            self._epoch += 1
             self._written = []
-            # A header of the new epoch, so that a scan knows of it though the index be lost.
-            header = Header(Key(bytes(16)), 0, self._index.epoch, 0, int(time.time()), 0)
-        _, fd, offset = self._containers.place(0)
-        with self._pages.one() as page:
-            encode_header(page, self._identity, header)
-            self._io.write(fd, offset, [page])
-        self._io.sync(fd)
+            # The moment when all that was there is gone, whatever the index says or is lost.
+            with self._pages.one() as page:
+                fd, offset = self._containers.encode_epoch(page, self._epoch)
+                self._io.write(fd, offset, [page])
+            self._io.sync(fd)
+            self._index.restore([], self._epoch)
 
     def commit(self) -> None:
         with self._committing:
             with self._lock:
                 written, self._written = self._written, []
             if written:
-                for fd in {self._containers.place(header.slot)[1] for header in written}:
+                for fd in dict.fromkeys(self._containers.place(header.slot)[1] for header in written):
                     self._io.sync(fd)
-                self._index.stored([header for header in written if header.epoch == self._index.epoch])
+                self._index.stored([header for header in written if header.epoch == self._epoch])
                 self._index.sync()
         if self._containers.sparse:
             room = self._containers.free_bytes >= self._how.min_free_bytes
@@ -174,10 +180,8 @@ class DiskStore(RecordStore):
     def close(self) -> None:
         with contextlib.suppress(StorageError, OSError):
             self.commit()
-        self._index.close()
-        self._containers.close()
         self._io.close()
-        os.close(self._guard)
+        self._opened.close()
 
     # ---- inside ----
 
@@ -185,11 +189,9 @@ class DiskStore(RecordStore):
         return xxhash.xxh3_64_intdigest(record[: self._identity.record_bytes].data)
 
     def _scan(self, slots: Sequence[int]) -> list[Header]:
-        """Headers of those slots that have a plausible one, of the newest epoch."""
+        """Headers of those slots that have a plausible one."""
         with ThreadPoolExecutor(_SCAN_THREADS, "kvbm-scan") as pool:
-            found = [header for header in pool.map(self._header, slots) if header is not None]
-        newest = max((header.epoch for header in found), default=0)
-        return [header for header in found if header.epoch == newest and header.sequence]
+            return [header for header in pool.map(self._header, slots) if header is not None]
 
     def _header(self, slot: int) -> Header | None:
         _, fd, offset = self._containers.place(slot)
@@ -202,25 +204,23 @@ class DiskStore(RecordStore):
         return header if header.slot == slot else None
 
     def _resolve(self, slots: NDArray[np.int64]) -> None:
-        """Keep those pending records that were written whole."""
+        """Keep what was written whole in slots that were being written, or whose entries are damaged."""
         size = self._containers.stride - HEADER_BYTES
         whole = []
         with mmap.mmap(-1, size) as buffer:
             record = np.frombuffer(buffer, np.uint8)
-            self._io.attach(record)
             for slot in slots.tolist():
                 header = self._header(slot)
-                entry = self._index.entries[slot]
-                if header is not None and header.sequence == int(entry["sequence"]):
+                if header is not None:
                     with contextlib.suppress(StorageError, OSError):
                         self.read(slot, header.key, record)
                         whole.append(header)
                         continue
                 self._index.free(slot)
             del record
-        self._index.stored(whole)
+        self._index.adopt(whole)
         self._index.sync()
-        logger.info("of %d records that were being written %d are whole", len(slots), len(whole))
+        logger.info("of %d records that may have been torn %d are whole", len(slots), len(whole))
 
 
 class _Pages:

@@ -3,7 +3,7 @@
 The records' own headers are the truth, this is their summary: an entry of 40 bytes a slot. An entry is
 PENDING from before its record is written until the record is known to be safe, then STORED. So after a crash
 the few pending records are read and checked, and the stored ones are believed until they are read. Where the
-file is missing or damaged, the headers are scanned instead.
+file is missing or damaged, the headers are read instead: all of them, or those of the damaged entries.
 """
 
 import os
@@ -50,6 +50,7 @@ class IndexFile:
 
     `fresh`: the file was missing, damaged or of another identity, and starts empty. `unknown`: missing or
     damaged, so the headers of the containers have to be scanned; until `restore` the file stays as it is.
+    `torn`: slots whose entries are damaged, and free until it is known what lies there.
     """
 
     def __init__(self, path: Path, identity: Identity, num_slots: int, io: FileIo) -> None:
@@ -59,6 +60,7 @@ class IndexFile:
         self.epoch = 0
         self.unknown = False
         self.fresh = True
+        self.torn: NDArray[np.int64] = np.zeros(0, np.int64)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             self.entries = np.zeros(num_slots, ENTRY)
@@ -81,22 +83,21 @@ class IndexFile:
                 if int(self.entries[header.slot]["sequence"]) == header.sequence:
                     self._put(header.slot, _entry(header, State.STORED))
 
+    def adopt(self, headers: list[Header]) -> None:
+        """These records are safe, whatever the entries of their slots said."""
+        with self._lock:
+            for header in headers:
+                self._put(header.slot, _entry(header, State.STORED))
+
     def free(self, slot: int) -> None:
         self._set(slot, np.zeros(1, ENTRY))
 
-    def clear(self) -> None:
-        """Free all slots; records of the epochs so far are not found by a scan either."""
-        with self._lock:
-            self.epoch += 1
-            self.entries[:] = 0
-            # The title first: from then on the old records are of another epoch, whatever the entries say.
-            self._write_title()
-            self._write_entries()
-
     def restore(self, headers: list[Header], epoch: int) -> None:
-        """Enter what a scan found."""
+        """Enter what a scan found, and nothing else."""
         with self._lock:
             self.epoch = epoch
+            self.torn = self.torn[:0]
+            self.entries[:] = 0
             for header in headers:
                 self.entries[header.slot] = _entry(header, State.STORED)[0]
             self._write_entries()
@@ -137,8 +138,8 @@ class IndexFile:
             self.unknown = True
             return
         self.entries = np.frombuffer(data, ENTRY, len(self.entries)).copy()
-        torn = self.entries["check"] != checks(self.entries)
-        self.entries[torn] = 0
+        self.torn = np.flatnonzero(self.entries["check"] != checks(self.entries))
+        self.entries[self.torn] = 0
         self.fresh = False
 
     def _write_title(self) -> None:
