@@ -68,6 +68,7 @@ class Scheduler:
     def admit(self, request: Any, blocks: list[int], device_hit: int = 0) -> int:
         """From the waiting queue; returns the tokens to load. `request.waits`: whether it waits for them."""
         external, request.waits = self.side.match(request, device_hit)
+        assert external is not None
         self.side.allocated(request, blocks, external)
         request.num_computed_tokens = device_hit + external
         return external
@@ -113,7 +114,7 @@ class Scheduler:
         reason = Failure.CANCELLED if failed else Failure.NONE
         if not quiesced:
             reason = Failure.TIMEOUT
-        completion = Completion(operation.id, positions, reason, quiesced)
+        completion = Completion(operation.id, positions, reason, quiesced=quiesced)
         waited_for = operation.direction == Direction.ONBOARD and not operation.in_step
         done = {operation.request_id} if waited_for else set()
         self.side.update(done, [self.report_of(rank, [completion])])
@@ -446,7 +447,7 @@ def test_the_order_of_a_load_in_step() -> None:
     assert request.waits is False
     orders = scheduler.step({request: 2}, new=(request,))
     (load,) = orders.operations
-    assert (load.direction, load.in_step, orders.computes) == (Direction.ONBOARD, True, True)
+    assert (load.direction, load.in_step, orders.tokens) == (Direction.ONBOARD, True, 2)
     assert load.device_blocks.tolist() == [11, 12, 13]
     assert load.host_slots.tolist() == scheduler.leader.pool.find(hashes_of(request)).tolist()
 

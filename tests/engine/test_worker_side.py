@@ -46,7 +46,7 @@ class Model:
             cache[1:3] = 0
 
     def begin(self, *operations: Operation) -> None:
-        self.side.begin(StepOrders(list(operations)))
+        self.side.begin(StepOrders(list(operations), tokens=1))
 
     def arrived(self, *blocks: int) -> list[bool]:
         """By layer, whether blocks 1 and 2 are in the given blocks."""

@@ -466,7 +466,7 @@ class PlannerMachine(RuleBasedStateMachine):
             copy = copies[which % len(copies)]
             operation_id, rank, size = copy.operation.id, copy.rank, len(copy.operation.host_slots)
         outcome = self.planner.complete(
-            rank, Completion(operation_id, np.arange(size, dtype=np.int32), Failure.ERROR, quiesced)
+            rank, Completion(operation_id, np.arange(size, dtype=np.int32), Failure.ERROR, quiesced=quiesced)
         )
         assert outcome == Outcome()
 

@@ -19,6 +19,21 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "host.num_blocks": ("128", 128),
     "host.policy": ("segmented-lru", "segmented-lru"),
     "host.checksum": ("off", False),
+    "disk.cache_gb": ("100", 100.0),
+    "disk.num_blocks": ("256", 256),
+    "disk.dir": ("/mnt/a:/mnt/b", "/mnt/a:/mnt/b"),
+    "disk.disable_filter": ("on", True),
+    "disk.write_gb_per_day": ("0.5", 0.5),
+    "disk.min_free_gb": ("0", 0.0),
+    "disk.zerofill_fallback": ("1", True),
+    "disk.disable_o_direct": ("true", True),
+    "disk.allocator": ("open-direct", "open-direct"),
+    "disk.policy": ("lru", "lru"),
+    "disk.backend": ("nixl-posix", "nixl-posix"),
+    "disk.threads": ("2", 2),
+    "disk.max_queued_blocks": ("16", 16),
+    "disk.timeout_s": ("2.5", 2.5),
+    "disk.skip_slow_loads": ("no", False),
     "transfer.max_concurrent": ("8", 8),
     "transfer.max_batch_blocks": ("32", 32),
     "transfer.copy_method": ("dma", "dma"),
@@ -33,6 +48,21 @@ ENV_NAMES = {
     "host.num_blocks": "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS",
     "host.policy": "KVBM_HOST_POLICY",
     "host.checksum": "KVBM_HOST_CHECKSUM",
+    "disk.cache_gb": "DYN_KVBM_DISK_CACHE_GB",
+    "disk.num_blocks": "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS",
+    "disk.dir": "DYN_KVBM_DISK_CACHE_DIR",
+    "disk.disable_filter": "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER",
+    "disk.write_gb_per_day": "KVBM_DISK_WRITE_GB_PER_DAY",
+    "disk.min_free_gb": "KVBM_DISK_MIN_FREE_GB",
+    "disk.zerofill_fallback": "DYN_KVBM_DISK_ZEROFILL_FALLBACK",
+    "disk.disable_o_direct": "DYN_KVBM_DISK_DISABLE_O_DIRECT",
+    "disk.allocator": "DYN_KVBM_DISK_ALLOCATOR_TYPE",
+    "disk.policy": "KVBM_DISK_POLICY",
+    "disk.backend": "KVBM_DISK_BACKEND",
+    "disk.threads": "KVBM_DISK_THREADS",
+    "disk.max_queued_blocks": "KVBM_DISK_MAX_QUEUED_BLOCKS",
+    "disk.timeout_s": "KVBM_DISK_TIMEOUT_S",
+    "disk.skip_slow_loads": "KVBM_DISK_SKIP_SLOW_LOADS",
     "transfer.max_concurrent": "DYN_KVBM_MAX_CONCURRENT_TRANSFERS",
     "transfer.max_batch_blocks": "DYN_KVBM_MAX_TRANSFER_BATCH_SIZE",
     "transfer.copy_method": "KVBM_TRANSFER_COPY_METHOD",
@@ -76,6 +106,21 @@ class TestDefaults:
             "host.num_blocks": None,
             "host.policy": "lru",
             "host.checksum": None,
+            "disk.cache_gb": 0.0,
+            "disk.num_blocks": None,
+            "disk.dir": "/tmp",
+            "disk.disable_filter": None,
+            "disk.write_gb_per_day": 0.0,
+            "disk.min_free_gb": 1.0,
+            "disk.zerofill_fallback": False,
+            "disk.disable_o_direct": False,
+            "disk.allocator": "default",
+            "disk.policy": "segmented-lru",
+            "disk.backend": "posix",
+            "disk.threads": 8,
+            "disk.max_queued_blocks": 1024,
+            "disk.timeout_s": 10.0,
+            "disk.skip_slow_loads": True,
             "transfer.max_concurrent": 4,
             "transfer.max_batch_blocks": 128,
             "transfer.copy_method": "auto",
@@ -267,6 +312,13 @@ class TestValues:
         [
             ("host.cache_gb", 0),
             ("host.num_blocks", 1),
+            ("disk.cache_gb", 0),
+            ("disk.num_blocks", 1),
+            ("disk.write_gb_per_day", 0),
+            ("disk.min_free_gb", 0),
+            ("disk.threads", 1),
+            ("disk.max_queued_blocks", 1),
+            ("disk.timeout_s", 0.001),
             ("transfer.max_concurrent", 1),
             ("transfer.max_batch_blocks", 1),
             ("transfer.max_queued_blocks", 1),
@@ -293,6 +345,17 @@ class TestValues:
                 "lru, segmented-lru or module:Class",
             ),
             ("host.checksum", ["maybe", "2", 1, [True]], "true, false or none"),
+            ("disk.cache_gb", [-1, "nan", "5GB", None], "a number >= 0"),
+            ("disk.num_blocks", [-1, 2.5, True], "an integer >= 0, or none"),
+            ("disk.dir", ["", " ", None, 5, ["/tmp"]], "directories, joined by `:`"),
+            ("disk.disable_filter", ["maybe", 1], "true, false or none"),
+            ("disk.write_gb_per_day", [-1, "inf", None], "a number >= 0"),
+            ("disk.zerofill_fallback", [None, "y", 0], "true or false"),
+            ("disk.allocator", ["direct", None], "default or open-direct"),
+            ("disk.policy", ["fifo", None], "lru, segmented-lru or module:Class"),
+            ("disk.backend", ["nixl", "POSIX", None], "posix, nixl-posix or nixl-gds-mt"),
+            ("disk.threads", [0, 1.5, None], "an integer >= 1"),
+            ("disk.timeout_s", [0, "-1", None], "a number > 0"),
             ("transfer.max_concurrent", [0, -1, 1.5, "four", None], "an integer >= 1"),
             ("transfer.max_batch_blocks", [0, "0"], "an integer >= 1"),
             ("transfer.copy_method", ["fast", "DMA", "none", None, 1], "auto, dma, kernel or staged"),
@@ -359,7 +422,7 @@ class TestUnknownNames:
 
     def test_table_like_no_other(self) -> None:
         (problem,) = problems_of({"zzz": {"cache_gb": 1}})
-        assert problem.endswith("remove it, or use one of host, transfer, engine")
+        assert problem.endswith("remove it, or use one of host, disk, transfer, engine")
 
     def test_key_that_is_no_string(self) -> None:
         (problem,) = problems_of({7: 1})
@@ -396,10 +459,10 @@ class TestNotices:
         assert config.sources == load().sources
 
     def test_text(self) -> None:
-        env = {"DYN_KVBM_DISK_CACHE_GB": "5", "DYN_KVBM_KV_EVENTS_CONSOLIDATOR_MODE": "dedup"}
+        env = {"DYN_KVBM_OBJECT_BUCKET": "b", "DYN_KVBM_KV_EVENTS_CONSOLIDATOR_MODE": "dedup"}
         assert load(env=env).notices == (
-            "DYN_KVBM_DISK_CACHE_GB is set, but this version has no disk tier yet: ignored",
             "DYN_KVBM_KV_EVENTS_CONSOLIDATOR_MODE is set, but this version has no KV events yet: ignored",
+            "DYN_KVBM_OBJECT_BUCKET is set, but this version has no object tier yet: ignored",
         )
 
     def test_no_variable_is_both_a_setting_and_ignored(self) -> None:
@@ -412,6 +475,12 @@ class TestNotices:
             "host.cache_gb (environment DYN_KVBM_CPU_CACHE_GB) has no effect: "
             "host.num_blocks (keyword argument) wins",
         )
+        config = load(None, {"DYN_KVBM_DISK_CACHE_GB": "4"}, disk__num_blocks=10)
+        assert (config.disk.num_blocks, config.disk.cache_gb) == (10, 4)
+        assert config.notices == (
+            "disk.cache_gb (environment DYN_KVBM_DISK_CACHE_GB) has no effect: "
+            "disk.num_blocks (keyword argument) wins",
+        )
 
 
 class TestEnabled:
@@ -420,9 +489,14 @@ class TestEnabled:
         [(0, None, False), (0, 0, False), (1.5, None, True), (1.5, 0, True), (0, 8, True), (1.5, 8, True)],
     )
     def test_a_size_enables(self, cache_gb: float, num_blocks: int | None, enabled: bool) -> None:
-        config = load(host={"cache_gb": cache_gb, "num_blocks": num_blocks})
+        sizes = {"cache_gb": cache_gb, "num_blocks": num_blocks}
+        config = load(host=sizes)
         assert config.enabled is enabled
+        assert config.has_disk is False
         assert config.host.num_blocks == (num_blocks or None)
+        config = load(disk=sizes)  # without a host cache blocks pass through a small one
+        assert config.enabled is config.has_disk is enabled
+        assert config.disk.num_blocks == (num_blocks or None)
 
 
 class TestDocumentation:

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 
+from kvbm.config import load_config
 from kvbm.errors import CapacityError, UnsupportedEngineError
 from kvbm.vllm_integration.compat import check_engine_version
 from kvbm.vllm_integration.identity import Geometry, geometry, identify
+from kvbm.vllm_integration.scheduler import slots_of
 
 
 def request(**changes: Any) -> SimpleNamespace:
@@ -111,15 +113,13 @@ def test_sliding_window_inside_a_full_attention_spec():
 
 def test_size_is_shared_by_the_ranks():
     shape = Geometry(block_size=16, record_bytes=4000, num_device_blocks=7, ranks=2)
-    assert shape.num_slots(8192e-9 * 10, None) == 10
-    assert shape.num_slots(1.0, 3) == 3
     assert shape.host_bytes(10) == 10 * 4096 * 2
+    config = load_config(host__cache_gb=shape.host_bytes(10) / 1e9, environ={})
+    assert slots_of(shape, config) == 10
+    assert slots_of(shape, load_config(host__cache_gb=1, host__num_blocks=3, environ={})) == 3
 
 
 def test_less_than_one_block_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    from kvbm.config import load_config
-    from kvbm.vllm_integration.scheduler import slots_of
-
     shape = Geometry(block_size=16, record_bytes=4_000_000, num_device_blocks=7, ranks=2)
     with pytest.raises(CapacityError, match="DYN_KVBM_CPU_CACHE_GB"):
         slots_of(shape, load_config({"host.cache_gb": 0.001}, environ={}))
