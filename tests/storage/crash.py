@@ -95,6 +95,15 @@ def cut(base: Image, events: Sequence[Event], at: int, chance: random.Random) ->
     return {name: bytes(file) for name, file in files.items()}
 
 
+def kill(base: Image, events: Sequence[Event], at: int) -> Image:
+    """What the drive holds when the process is killed before event `at`."""
+    files = {name: bytearray(data) for name, data in base.items()}
+    for event in events[:at]:
+        if event.data is not None:
+            _put(files.setdefault(event.file, bytearray()), event.offset, event.data)
+    return {name: bytes(file) for name, file in files.items()}
+
+
 def _put(file: bytearray, offset: int, data: bytes) -> None:
     file.extend(bytes(max(0, offset + len(data) - len(file))))
     file[offset : offset + len(data)] = data
