@@ -56,7 +56,7 @@ class FrequencyFilter:
         if self._decayed_at is None:
             self._decayed_at = now
         steps = int((now - self._decayed_at) // self._decay_s)
-        if steps:
+        if steps > 0:
             self._decayed_at += steps * self._decay_s
             in_use = np.flatnonzero(self._counts)
             self._counts[in_use] -= np.minimum(self._counts[in_use], np.uint32(min(steps, int(_MOST))))
