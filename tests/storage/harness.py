@@ -1,6 +1,9 @@
 """What the tests of storage share: host memory, keys, contents that numbers stand for, and opening stores."""
 
+import ctypes
+import errno
 import mmap
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +13,7 @@ import numpy as np
 import xxhash
 
 from kvbm.errors import StorageError
-from kvbm.storage.containers import Allocation
+from kvbm.storage.containers import PAGE, Allocation, paths_of, stride_of
 from kvbm.storage.disk_store import DiskStore
 from kvbm.storage.file_io import FileIo
 from kvbm.storage.store import Bytes, Found, Identity, Key, RecordStore
@@ -61,6 +64,14 @@ class Host:
         return self.slots[slot, : self.record_bytes]
 
 
+class NoFallocate:
+    """In place of `containers._libc`: a file system that can't take room beforehand."""
+
+    def fallocate(self, *_: object) -> int:
+        ctypes.set_errno(errno.EOPNOTSUPP)
+        return -1
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """A kind of store. open: folder, identity, number of slots, host memory, bytes of a host slot."""
@@ -86,7 +97,7 @@ class Opened:
         self.host.slots[slot] = 0xEE
         try:
             checksum = self.store.read(slot, key(number, group), self.host.slots[slot])
-        except StorageError:
+        except (StorageError, OSError):
             return False
         expected = content(number if of is None else of, self.host.record_bytes)
         assert (self.host.data(slot) == expected).all(), f"slot {slot} gave wrong bytes for key {number}"
@@ -100,6 +111,18 @@ class Opened:
 
 def as_dict(found: Found) -> dict[int, int]:
     return {int(slot): number_of(hash_) for slot, hash_ in zip(found.slots, found.hashes, strict=True)}
+
+
+@contextmanager
+def record_places(folder: Path, slots: int, host: Host) -> Iterator[list[tuple[int, int]]]:
+    """Descriptor and offset of each slot of a closed or open disk store in one directory."""
+    fds = [os.open(path, os.O_RDWR) for path in paths_of([folder / "drive-0"])]
+    stride = stride_of(host.slot_bytes)
+    try:
+        yield [(fds[slot % len(fds)], PAGE + slot // len(fds) * stride) for slot in range(slots)]
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 @contextmanager

@@ -74,11 +74,11 @@ def ensure_room(folders: Sequence[Path], num_slots: int, stride: int, min_free_b
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             stat = os.statvfs(folder)
             if stat.f_flag & os.ST_RDONLY:
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             free[folder.stat().st_dev] = stat.f_bavail * stat.f_frsize
         except OSError as error:
             raise CapacityError(

@@ -88,15 +88,13 @@ class DiskStore(RecordStore):
             self._io.sync(fd)
         if not self._containers.kept:
             self.clear()
-        elif index.unknown:
+        elif index.unknown or index.epoch < self._epoch:  # the latter: the power went during a clearing
             logger.warning(
                 "the index is missing or damaged: reading the headers of %d records", self.num_slots
             )
             headers = self._scan(range(self.num_slots))
             self._epoch = max([self._epoch, *(header.epoch for header in headers)])
             index.restore([header for header in headers if header.epoch == self._epoch], self._epoch)
-        elif index.epoch < self._epoch:  # the power went during a clearing
-            index.restore([], self._epoch)
         elif index.fresh:
             logger.warning("the records here are of another model or geometry and will be overwritten")
         doubtful = np.append(index.torn, np.flatnonzero(index.entries["state"] == State.PENDING))

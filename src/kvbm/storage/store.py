@@ -77,7 +77,7 @@ class RecordStore(ABC):
 
     @abstractmethod
     def clear(self) -> None:
-        """The same for all slots, and for writes under way."""
+        """The same for all slots, and for writes under way. After an error the store is to be opened anew."""
 
     @abstractmethod
     def commit(self) -> None:
