@@ -163,6 +163,10 @@ class DiskTier:
                 transfer.fail(slice(None), Failure.TIMEOUT)
                 self._expire(transfer)
 
+    def wake(self, now: float) -> None:
+        """Before what happens between steps: an idle engine makes none, the last `tick` may be long ago."""
+        self._now = now
+
     def turn_off(self, reason: str) -> None:
         self.off_reason = self.off_reason or reason
 

@@ -186,11 +186,12 @@ class Leader:
 
         None: not known yet, as blocks are on their way from disk; ask again in the next step.
         """
-        if self._disk is not None and self._disk.restoring:
+        if self._disk is not None and self._disk.restoring and limit > 0:
             return None
         if not self.ready:
             return 0
         if self._disk is not None and limit > 0 and self._planner.may_load(request_id):
+            self._disk.wake(self._clock())
             hasher = self._planner.hasher(request_id)
             if hasher and not self._disk.fetch(request_id, hasher.hashes[first : first + limit]):
                 return None
@@ -205,7 +206,6 @@ class Leader:
         in_step: the next step's forward pass reads the blocks.
         """
         self.set_table(request_id, device_blocks)
-        self._release_fetched(request_id)
         operation = self._load(request_id, first, count, in_step)
         if operation is None:
             blocks = np.asarray(device_blocks[first : first + count], np.int32)
@@ -218,7 +218,10 @@ class Leader:
 
     @_off_on_error(lambda: None)
     def set_table(self, request_id: str, device_blocks: Sequence[int]) -> None:
+        """The request got these device blocks, and runs without what is not loaded now."""
         self._planner.set_table(request_id, device_blocks)
+        if self._disk is not None:
+            self._disk.release(request_id)
 
     @_off_on_error(lambda: None)
     def extend_table(self, request_id: str, device_blocks: Sequence[int]) -> None:
@@ -295,7 +298,7 @@ class Leader:
     @property
     def has_work(self) -> bool:
         """Whether the engine must step on, though it has no request, so that orders and reports travel."""
-        return bool(self._orders.operations) or self._has_work()
+        return bool(self._orders.operations) or self._orders.forget_all or self._has_work()
 
     def clear(self) -> bool:
         """Forget all blocks of the host tier; False if that could not be done."""
@@ -332,6 +335,7 @@ class Leader:
             disk.turn_off(report.disk_refused)
         if report.found is not None:
             disk.found(report.rank, *report.found, report.found_all)
+        disk.wake(self._clock())
         for completion in report.completions:
             disk.complete(report.rank, completion)
 
@@ -378,11 +382,6 @@ class Leader:
             self._disk.clear()
             self._orders.forget_all = True
         return True
-
-    @_off_on_error(lambda: None)
-    def _release_fetched(self, request_id: str) -> None:
-        if self._disk is not None:
-            self._disk.release(request_id)
 
     def _seen(self, slots: Slots) -> None:
         if self._disk is not None:
