@@ -189,7 +189,7 @@ class DiskTier:
         self.pool.grow(self.pool.capacity)
         room = min(len(newest), self._host.num_free // 2, self._limits.max_fetched_blocks)
         if room:
-            disk = newest[len(newest) - room :]
+            disk = newest[::-1][:room]  # heads first, as all sequences are given
             host, is_new = self._host.claim(self.pool.hashes(disk), room)
             self.pool.pin(disk[is_new], reuse=False)
             self._read(host[is_new], disk[is_new])

@@ -79,10 +79,10 @@ class BlockPool:
 
     def grow(self, usable: int) -> None:
         """Slots up to number `usable` have memory now; never fewer than before."""
+        before, self.usable = self.usable, max(self.usable, min(usable, self.capacity))
         # Lowest on top, so that a young pool uses its memory from the start.
-        new = np.arange(min(usable, self.capacity) - 1, self.usable - 1, -1)
-        self._put_back(new[self._states[new] == _RESET])
-        self.usable = max(self.usable, min(usable, self.capacity))
+        new = np.arange(self.usable - 1, before - 1, -1)
+        self._put_back(new[(self._states[new] == _RESET) & (self._pins[new] == 0)])
 
     def adopt(self, slots: Slots, hashes: Hashes) -> None:
         """Registered blocks from an earlier run, distinct, those to be evicted first come first.
@@ -261,6 +261,8 @@ class BlockPool:
 
     def _put_back(self, slots: Slots) -> None:
         self._states[slots] = _RESET
+        if self.usable < self.capacity:
+            slots = slots[slots < self.usable]  # the others' turn comes in `grow`
         self._free[self._num_free : self._num_free + len(slots)] = slots
         self._num_free += len(slots)
 
