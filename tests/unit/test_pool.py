@@ -504,3 +504,117 @@ def test_clearing_a_pool_that_grows() -> None:
     assert pool.num_free == 3
     pool.grow(8)
     assert pool.num_free == 8
+
+
+# ---- blocks from an earlier run ----
+
+
+def adopted(policy: type[EvictionPolicy] = Lru) -> BlockPool:
+    """Slots 5, 1 and 3 of 6 have blocks 0, 1 and 2, to be evicted in this order."""
+    pool = BlockPool(6, policy, tier="disk", usable=0)
+    pool.adopt(slots_of(5, 1, 3), names(0, 1, 2))
+    return pool
+
+
+def test_adopted_blocks_can_be_matched() -> None:
+    pool = BlockPool(6, Lru, tier="disk", usable=0)
+    matchable, version = follow(pool), pool.version
+    pool.adopt(slots_of(5, 1, 3), names(0, 1, 2))
+    assert pool.version > version
+    assert pool.match(names(0, 1, 2)).tolist() == [5, 1, 3]
+    assert matchable == really_matchable(pool)
+    assert (pool.num_registered, pool.num_free, pool.usable) == (3, 0, 0)
+    pool.grow(6)
+    assert (pool.num_registered, pool.num_free) == (3, 3)
+    assert pool.allocate(3).tolist() == [0, 2, 4]
+    pool.adopt(slots_of(), names())
+    assert pool.num_registered == 3
+
+
+@pytest.mark.parametrize("policy", [Lru, SegmentedLru])
+def test_adopted_blocks_are_evicted_in_the_order_given(policy: type[EvictionPolicy]) -> None:
+    pool = adopted(policy)
+    pool.grow(6)
+    pool.allocate(3)
+    assert [pool.allocate(1).tolist() for _ in range(4)] == [[5], [1], [3], []]
+
+
+@pytest.mark.parametrize("policy", [Lru, SegmentedLru])
+def test_adopted_blocks_in_several_calls(policy: type[EvictionPolicy]) -> None:
+    pool = adopted(policy)
+    pool.adopt(slots_of(0, 4), names(3, 4))
+    pool.grow(6)
+    assert [pool.allocate(1).tolist() for _ in range(6)] == [[2], [5], [1], [3], [0], [4]]
+
+
+def test_adopted_blocks_that_are_withdrawn_before_the_pool_grows() -> None:
+    pool = adopted()
+    pool.withdraw(slots_of(1))
+    assert pool.num_free == 0
+    assert len(pool.allocate(1)) == 0
+    pool.clear()
+    assert len(pool.allocate(1)) == 0
+    pool.grow(4)
+    assert sorted(pool.allocate(9).tolist()) == [0, 1, 2, 3]
+    pool.grow(6)
+    assert sorted(pool.allocate(9).tolist()) == [4, 5]
+
+
+def test_adopted_blocks_in_use_when_the_pool_grows() -> None:
+    pool = adopted()
+    pool.pin(slots_of(5, 3))
+    pool.withdraw(slots_of(5))
+    pool.grow(6)
+    assert pool.num_free == 3
+    pool.release(slots_of(5, 3))
+    assert pool.num_free == 4
+    assert sorted(pool.allocate(9).tolist()) == [0, 1, 2, 3, 4, 5]
+
+
+# ---- pins of the tier below ----
+
+
+def test_a_pin_without_reuse_does_not_protect_from_scans() -> None:
+    pool = BlockPool(4, SegmentedLru)
+    held, used = stored(pool, names(0)), stored(pool, names(1))
+    pool.pin(held, reuse=False)
+    pool.release(held)
+    pool.pin(used)
+    pool.release(used)
+    for number in range(10, 15):
+        stored(pool, names(number))
+    assert len(pool.match(names(1))) == 1
+    assert len(pool.match(names(0))) == 0
+
+
+def test_what_was_reused_stays_so_when_it_is_pinned_without_reuse() -> None:
+    pool = BlockPool(4, SegmentedLru)
+    used = stored(pool, names(0))
+    pool.pin(used)
+    pool.release(used)
+    pool.pin(used, reuse=False)
+    pool.release(used)
+    for number in range(10, 15):
+        stored(pool, names(number))
+    assert len(pool.match(names(0))) == 1
+
+
+@pytest.mark.parametrize("policy", [Lru, SegmentedLru])
+@pytest.mark.parametrize("reuse", [True, False])
+def test_a_pin_keeps_from_eviction_with_and_without_reuse(policy: type[EvictionPolicy], reuse: bool) -> None:
+    pool = BlockPool(3, policy)
+    slots = stored(pool, names(0, 1))
+    pool.pin(slots, reuse=reuse)
+    assert len(pool.allocate(3)) == 1
+    assert len(pool.match(names(0, 1))) == 2
+    pool.release(slots)
+    assert len(pool.allocate(3)) == 2
+
+
+def test_a_policy_of_the_users_that_does_not_tell_them_apart() -> None:
+    pool = BlockPool(3, Shameless)
+    told: list[list[int]] = []
+    slots = stored(pool, names(0, 1))
+    pool._policy.reuse = lambda slots: told.append(slots.tolist())
+    pool.pin(slots, reuse=False)
+    assert told == [slots.tolist()]
