@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from kvbm.storage.messages import (
     Batch,
     Clear,
+    Cleared,
     Discard,
     Done,
     FoundRecords,
@@ -41,6 +42,7 @@ _MAX_MESSAGE = 1 << 20
 _BACKOFF_S = (1.0, 60.0)  # first and longest pause before a dead process is started again
 _LIVED_LONG_S = 120.0  # after which its death counts as the first again
 _MAX_UNSENT = 1000
+_CLOSING_S = 5.0
 _OVERDUE = 2.0  # times its timeout, after which a batch shows that the process hangs, and it is killed
 
 
@@ -82,7 +84,9 @@ class StorageClient:
         self._encode = msgspec.msgpack.Encoder().encode
         self._batches: dict[int, tuple[Batch, float]] = {}  # with the time when it shows that all hangs
         self._lost: list[int] = []  # could not be sent
-        self._unsent: list[Request] = []  # clears and discards
+        self._clear_due = False  # a process has to be told to clear
+        self._clearing = 0  # clears that it was told and has not confirmed
+        self._discards: list[Discard] = []  # not sent yet
         self._found: list[Found] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
@@ -99,32 +103,44 @@ class StorageClient:
         return self._process.pid if self._process is not None else None
 
     def submit(self, batch: Batch) -> None:
-        """Have a batch carried out. Its result comes with a later `poll`, in any case."""
+        """Have a batch carried out. Its result comes with a later `poll`, in any case.
+
+        It fails while the process is not ready: there it would wait, and look as if the process hung.
+        """
         self._batches[batch.id] = (batch, self._clock() + _OVERDUE * batch.timeout_s)
-        if not self._send(batch):
+        # Not before what was to be discarded: that may be the same slot.
+        if not (self.ready and self._send_due() and self._send(batch)):
             self._lost.append(batch.id)
 
     def discard(self, disk_slots: NDArray[np.int32]) -> None:
-        self._send_or_keep(Discard(disk_slots.tobytes()))
+        """Kept until it can be sent. What a lost one names is found out when it is read."""
+        if len(self._discards) < _MAX_UNSENT:
+            self._discards.append(Discard(disk_slots.tobytes()))
+        self._send_due()
 
     def clear(self) -> None:
-        self._send_or_keep(Clear())
+        """Comes about in any case, unless this process is killed while there is no I/O process."""
+        self._clear_due = True
+        self._discards = []
+        self._send_due()
 
     def poll(self) -> Replies:
         replies = Replies()
-        if self._unsent and self.ready:
-            unsent, self._unsent = self._unsent, []
-            for request in unsent:
-                self._send_or_keep(request)
-        self._receive(replies)
-        self._check(replies)
+        self._send_due()
         for id_ in self._lost:
             self._fail(id_, replies)
         self._lost = []
+        self._receive(replies)
+        self._check(replies)
         return replies
 
     def close(self) -> None:
-        """Let the process end by itself: it commits what it has written."""
+        """Let the process end by itself: it commits what it has written. A clearing is waited for."""
+        end = time.monotonic() + _CLOSING_S
+        self._restart_at = 0.0
+        while (self._clear_due or self._clearing) and self.refused is None and time.monotonic() < end:
+            self.poll()
+            time.sleep(0.005)
         self._closed = True
         if self._starting is not None:
             self._starting.join()
@@ -133,7 +149,7 @@ class StorageClient:
             self._socket = None
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=5.0)
+                self._process.wait(timeout=_CLOSING_S)
 
     # ---- inside ----
 
@@ -146,13 +162,18 @@ class StorageClient:
             return False
         return True
 
-    def _send_or_keep(self, request: Request) -> None:
-        if not self._unsent and self._send(request):
-            return
-        if isinstance(request, Clear):
-            self._unsent = [request]
-        elif len(self._unsent) < _MAX_UNSENT:  # what a lost one names is found out when it is read
-            self._unsent.append(request)
+    def _send_due(self) -> bool:
+        """Send what has to be sent before anything else; whether that is done."""
+        if self._clear_due:
+            if not self._send(Clear()):
+                return False
+            self._clear_due = False
+            self._clearing += 1
+        while self._discards:
+            if not self._send(self._discards[0]):
+                return False
+            del self._discards[0]
+        return True
 
     def _receive(self, replies: Replies) -> None:
         while self._socket is not None:
@@ -190,6 +211,8 @@ class StorageClient:
                         replies.found = self._found
                     self._found = []
                     self.ready, self._first = True, False
+            case Cleared():
+                self._clearing -= 1
             case Refused():
                 if self._first:
                     self.refused = reply.reason
@@ -208,6 +231,8 @@ class StorageClient:
                 self._process = None
                 self.ready = False
                 self._found = []
+                self._clear_due |= self._clearing > 0
+                self._clearing = 0
                 if self.refused is None and not self._closed:
                     self._plan_restart(now, process.returncode)
         if self._process is None:

@@ -19,7 +19,7 @@ class Status(IntEnum):
 
 
 class Batch(msgspec.Struct, frozen=True, tag=True):
-    """Copy record i between slot host_slots[i] of the arena and slot disk_slots[i] of the store."""
+    """Copy records, one at least: i between slot host_slots[i] of the arena and slot disk_slots[i]."""
 
     id: int
     write: bool
@@ -64,6 +64,10 @@ class FoundRecords(msgspec.Struct, frozen=True, tag=True):
     last: bool
 
 
+class Cleared(msgspec.Struct, frozen=True, tag=True):
+    """A `Clear` is carried out, for good."""
+
+
 class Refused(msgspec.Struct, frozen=True, tag=True):
     """The store can't be used."""
 
@@ -75,7 +79,7 @@ class LogLine(msgspec.Struct, frozen=True, tag=True):
     text: str
 
 
-Reply = Done | FoundRecords | Refused | LogLine
+Reply = Done | FoundRecords | Cleared | Refused | LogLine
 
 
 class Options(msgspec.Struct, frozen=True):

@@ -27,6 +27,7 @@ from kvbm.storage.backends import open_store
 from kvbm.storage.messages import (
     Batch,
     Clear,
+    Cleared,
     Discard,
     Done,
     FoundRecords,
@@ -88,6 +89,7 @@ class _Batch:
     expected: NDArray[np.uint64] | None
     checksums: NDArray[np.uint64]
     left: int
+    clears: int  # that came before it
     failed: list[int] = field(default_factory=list)
     status: Status = Status.DONE
 
@@ -101,6 +103,7 @@ class Executor:
         self._channel = channel
         self._max_writing = max(1, threads // 2)
         self._writing = 0
+        self._clears = 0
         self._reads: deque[tuple[_Batch, int]] = deque()
         self._writes: deque[tuple[_Batch, int]] = deque()
         self._work = threading.Condition()
@@ -125,18 +128,22 @@ class Executor:
             np.frombuffer(request.checksums, np.uint64) if request.checksums else None,
             np.zeros(len(host_slots), np.uint64),
             len(host_slots),
+            self._clears,
         )
         with self._work:
             queue = self._writes if request.write else self._reads
             queue.extend((batch, i) for i in range(len(host_slots)))
             self._work.notify(len(host_slots))
 
-    def drop_writes(self) -> None:
-        """Fail the writes that wait."""
+    def clear(self) -> None:
+        """Clear the store; the writes that wait fail."""
         with self._work:
+            self._clears += 1
             waiting, self._writes = self._writes, deque()
         for batch, i in waiting:
             self._finish(batch, i, Status.ERROR)
+        self._store.clear()
+        self._channel.send(Cleared())
 
     def close(self, patience_s: float) -> bool:
         """Let what is under way end, start nothing more; whether it ended in time."""
@@ -183,6 +190,9 @@ class Executor:
             if request.write:
                 expected = int(batch.expected[i]) if batch.expected is not None else None
                 self._store.write(slot, key, record, expected)
+                if batch.clears != self._clears:  # it may have begun after the clearing that came after it
+                    self._store.discard(slot)
+                    return Status.ERROR
             else:
                 batch.checksums[i] = self._store.read(slot, key, record)
         except DamagedRecordError as error:
@@ -258,8 +268,7 @@ def serve(arena_fd: int, channel: Channel) -> None:
             case Discard():
                 _discard(store, np.frombuffer(request.disk_slots, np.int32))
             case Clear():
-                executor.drop_writes()
-                store.clear()
+                executor.clear()
     if executor.close(patience_s=5.0):
         store.close()
 
@@ -298,9 +307,14 @@ def main() -> None:
     logger.addHandler(_Forward(channel))
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    serve(arena_fd, channel)
+    code = 0
+    try:
+        serve(arena_fd, channel)
+    except Exception:  # a clearing that failed, for one: the next process gets to do it again
+        logger.exception("the I/O process can't go on")
+        code = 1
     # Threads that hang in a system call must not keep the process.
-    os._exit(0)
+    os._exit(code)
 
 
 if __name__ == "__main__":
