@@ -34,7 +34,7 @@ _Policy = Annotated[
         pattern=r"^(lru|segmented-lru|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$",
     ),
 ]
-_Folders = Annotated[str, Meta(description="directories, joined by `:`", min_length=1)]
+_Folders = Annotated[str, Meta(description="directories, joined by `:`", pattern=r"[^:\s]")]
 _Allocator = Annotated[Literal["default", "open-direct"], Meta(description="default or open-direct")]
 _DiskBackend = Annotated[
     Literal["posix", "nixl-posix", "nixl-gds-mt"], Meta(description="posix, nixl-posix or nixl-gds-mt")

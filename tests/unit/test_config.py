@@ -347,7 +347,7 @@ class TestValues:
             ("host.checksum", ["maybe", "2", 1, [True]], "true, false or none"),
             ("disk.cache_gb", [-1, "nan", "5GB", None], "a number >= 0"),
             ("disk.num_blocks", [-1, 2.5, True], "an integer >= 0, or none"),
-            ("disk.dir", ["", " ", None, 5, ["/tmp"]], "directories, joined by `:`"),
+            ("disk.dir", ["", " ", ":", " : ", None, 5, ["/tmp"]], "directories, joined by `:`"),
             ("disk.disable_filter", ["maybe", 1], "true, false or none"),
             ("disk.write_gb_per_day", [-1, "inf", None], "a number >= 0"),
             ("disk.zerofill_fallback", [None, "y", 0], "true or false"),
