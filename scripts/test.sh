@@ -10,6 +10,8 @@ cd "$ROOT"
 bash scripts/setup.sh
 PATH=$ROOT/.venv/bin:$PATH
 python -m pip install -q --disable-pip-version-check -c .venv/constraints.txt -e ".[test,dev]"
+# A backend of the disk tier. Without its dependencies: it would bring CUDA's torch, which it does not use.
+python -m pip install -q --disable-pip-version-check --no-deps nixl-cu12==1.5.1
 python scripts/prepare_model.py
 
 ruff check .

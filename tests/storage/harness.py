@@ -7,9 +7,11 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pytest
 import xxhash
 
 from kvbm.errors import StorageError
@@ -62,6 +64,18 @@ class Host:
 
     def data(self, slot: int) -> Bytes:
         return self.slots[slot, : self.record_bytes]
+
+
+def needs_nixl() -> None:
+    if find_spec("nixl_cu12") is None and find_spec("nixl_cu13") is None:
+        pytest.skip("NIXL is not installed (scripts/test.sh installs it)")
+
+
+def open_nixl(folder: Path, who: Identity, slots: int, memory: Bytes, size: int) -> DiskStore:
+    needs_nixl()
+    from kvbm.storage.nixl_io import NixlFileIo
+
+    return open_disk(folder, who, slots, memory, size, io=NixlFileIo("POSIX"))
 
 
 class NoFallocate:
