@@ -1,5 +1,6 @@
 """What only a store on local disks has: files, locks, room, and calls that are under way at a bad moment."""
 
+import multiprocessing
 import os
 import threading
 from collections.abc import Sequence
@@ -198,6 +199,41 @@ def test_files_that_are_no_longer_used_give_their_room_back(tmp_path: Path) -> N
     with opened(DISK, tmp_path):
         names = sorted(path.name for path in (tmp_path / "drive-0").iterdir())
     assert names == ["index.kvbm", "lock", *(f"records-0{i}.kvbm" for i in range(4))]
+
+
+def _die_when_made(folder: Path, files: int) -> None:
+    """Open a store of more slots, and be killed when so many of its files are about to take their names."""
+    left = [files]
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if not left[0]:
+            os._exit(7)
+        left[0] -= 1
+        real(source, target)
+
+    os.replace = replace
+    with opened(DISK, folder, slots=32):
+        os._exit(0)
+
+
+@pytest.mark.parametrize("files", range(4))
+def test_a_process_killed_while_it_makes_its_files(tmp_path: Path, files: int) -> None:
+    with opened(DISK, tmp_path, slots=16) as it:
+        for slot in range(16):
+            it.write(slot, slot)
+    process = multiprocessing.get_context("fork").Process(target=_die_when_made, args=(tmp_path, files))
+    process.start()
+    process.join(30)
+    assert process.exitcode == 7
+    assert list((tmp_path / "drive-0").glob("*.new"))
+    for slots in (32, 16):
+        with opened(DISK, tmp_path, slots=slots, recover=False) as it:
+            assert it.recover() == {}
+            assert not any(it.holds(slot, slot) for slot in range(slots))
+            it.write(3, 103)
+            assert it.holds(3, 103)
+        assert not list((tmp_path / "drive-0").glob("*.new"))
 
 
 def test_where_fallocate_is_missing_files_are_sparse_or_filled(
