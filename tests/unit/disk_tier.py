@@ -148,6 +148,8 @@ class Tier:
             assert not pool.pins(np.arange(pool.capacity)).any()
             assert pool.num_free + pool.num_registered == pool.capacity
             states = pool.states(np.arange(pool.capacity))
+            registered = np.flatnonzero(states == BlockState.REGISTERED)
+            assert pool.find(pool.hashes(registered)).tolist() == registered.tolist()
             assert set(states.tolist()) <= {BlockState.RESET, BlockState.REGISTERED}
             assert len(set(pool._free[: pool.num_free].tolist())) == pool.num_free
         tier = self.tier

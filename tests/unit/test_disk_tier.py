@@ -448,6 +448,33 @@ def test_what_was_read_leaves_the_disk_last(policy: type[Lru] | type[SegmentedLr
     assert t.on_disk(1, 2, 3, 4, 5) == [1, 4, 5]
 
 
+def test_what_was_read_is_not_pushed_out_by_what_is_only_written() -> None:
+    t = Tier(disk=4, disk_policy=SegmentedLru)
+    for number in (1, 2, 3, 4):
+        t.store(number)
+    assert not t.fetch("r", 1)
+    t.answer(one(t.step(), READ, 1))
+    for number in range(10, 20):
+        t.store(number)
+    assert t.on_disk(1, 2, 3, 4) == [1]
+
+
+def test_no_pin_is_left_where_the_host_tier_has_no_room_for_all() -> None:
+    """The blocks behind the first that finds no room are let go, also those that are there."""
+    t = Tier(host=4)
+    t.store(1, 2)
+    t.hold(3)
+    for operation in t.step():
+        t.answer(operation)
+    busy = t.host.allocate(2)
+    assert not t.fetch("r", 1, 2, 3)
+    t.answer(one(t.step(), READ, 1))
+    assert t.fetch("r", 1, 2, 3)
+    t.tier.finish("r")
+    t.host.release(busy)
+    t.check_idle()
+
+
 def test_the_host_tier_has_no_room() -> None:
     t = Tier(host=4)
     t.store(1, 2, 3)
