@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.engine import scenarios
@@ -70,6 +71,54 @@ def tiny(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def write_weights(folder: Path, seed: int) -> None:
+    """Random weights, of such a size that an answer depends on every block before it (test_disk.py)."""
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(seed)
+    size, inner = TINY["hidden_size"], TINY["intermediate_size"]
+    heads, kv_heads = (
+        TINY[name] * TINY["head_dim"] for name in ("num_attention_heads", "num_key_value_heads")
+    )
+    shapes = {
+        "self_attn.q_proj": (heads, size, 2.0),
+        "self_attn.k_proj": (kv_heads, size, 1.0),
+        "self_attn.v_proj": (kv_heads, size, 4.0),
+        "self_attn.o_proj": (size, heads, 4.0),
+        "mlp.gate_proj": (inner, size, 1.0),
+        "mlp.up_proj": (inner, size, 1.0),
+        "mlp.down_proj": (size, inner, 0.7),
+    }
+
+    def matrix(rows: int, columns: int, gain: float) -> np.ndarray:
+        return (rng.standard_normal((rows, columns)) * gain / np.sqrt(columns)).astype(np.float32)
+
+    weights = {
+        "model.embed_tokens.weight": matrix(TINY["vocab_size"], size, 6.0),
+        "lm_head.weight": matrix(TINY["vocab_size"], size, 1.0),
+        "model.norm.weight": np.ones(size, np.float32),
+    }
+    for layer in range(TINY["num_hidden_layers"]):
+        for name, shape in shapes.items():
+            weights[f"model.layers.{layer}.{name}.weight"] = matrix(*shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"model.layers.{layer}.{name}.weight"] = np.ones(size, np.float32)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def make_keen(tiny: Path, folder: Path, seed: int = 1) -> Path:
+    """As small as `tiny`, but a wrong block changes its answers."""
+    shutil.copytree(tiny, folder)
+    (folder / "config.json").write_text(json.dumps({**TINY, "tie_word_embeddings": False}))
+    write_weights(folder, seed)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def keen(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_keen(tiny, tmp_path_factory.mktemp("keen") / "model")
+
+
 @pytest.fixture(scope="session")
 def prompts(model: Path) -> Prompts:
     return Prompts(model / "tokenizer.json")
@@ -84,6 +133,21 @@ def baseline(model: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def expect(baseline: Engine) -> Expect:
+    return _expecting(baseline)
+
+
+@pytest.fixture(scope="session")
+def keen_baseline(keen: Path) -> Iterator[Engine]:
+    with Engine(keen, enable_prefix_caching=False, max_num_seqs=8) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def expect_keen(keen_baseline: Engine) -> Expect:
+    return _expecting(keen_baseline)
+
+
+def _expecting(baseline: Engine) -> Expect:
     """Starts to compute what the requests must answer; the returned function gives it, in their order.
 
     The baseline computes while the engine under test does, on another core.
