@@ -234,7 +234,22 @@ def compute(llm: Any, asks: Sequence[Ask]) -> list[list[int]]:
     )
     if any(output.num_cached_tokens for output in outputs):
         raise RuntimeError("a cache was used")
+    scenarios.drain(llm)
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def begin_writes(llm: Any, asks: Sequence[Ask]) -> int:
+    """Answer requests, and return while their blocks are still being written: how many."""
+    wait_ready(llm)
+    scenarios.run(llm, asks, drained=False)
+    disk = scenarios.leader(llm).disk
+    end = time.monotonic() + 30
+    while not disk._queued_writes or scenarios.leader(llm)._planner.has_work:
+        if time.monotonic() > end:
+            raise TimeoutError(f"nothing is written: {seen(llm)}")
+        llm.llm_engine.step()
+    llm.llm_engine.step()  # the orders travel with a step
+    return disk._queued_writes
 
 
 def reads_under_way(llm: Any) -> int:

@@ -1,4 +1,4 @@
-"""On PYTHONPATH of an engine: makes its I/O processes as slow as a file says, which tests rewrite as they go."""
+"""On PYTHONPATH of an engine: makes its I/O processes as slow as a file says, at any moment."""
 
 import os
 import sys
@@ -32,4 +32,4 @@ if _FILE and "kvbm.storage.process" in sys.orig_argv:
         pwritev = staticmethod(_slowed(os.pwritev, 1))
         fdatasync = staticmethod(os.fdatasync)
 
-    vars(file_io)["os"] = _Os
+    file_io.__dict__["os"] = _Os
