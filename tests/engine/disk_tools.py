@@ -100,6 +100,15 @@ def kill_engine(engine: Engine) -> None:
 # ---- in the child
 
 
+def quick_restarts() -> None:
+    """To be called before the engine is made: a dead I/O process is started again at once, however often."""
+    from kvbm.logic import disk
+    from kvbm.storage import client
+
+    client._BACKOFF_S = (0.05, 0.05)
+    disk._PAUSE_S = (0.05, 0.05)
+
+
 @dataclass(frozen=True)
 class DiskSeen:
     """State of the disk tier at one moment; counters count blocks from the engine's start."""
@@ -197,6 +206,15 @@ def wait_ready(llm: Any, deadline_s: float = 30.0) -> DiskSeen:
         scenarios.step_for(llm, 0.01)
     scenarios.drain(llm)
     return seen(llm)
+
+
+def wait_io(llm: Any, deadline_s: float = 20.0) -> None:
+    """Ask trifles until the I/O process, which may have died, answers again: an idle engine does not step."""
+    end = time.monotonic() + deadline_s
+    while not scenarios.worker(llm).disk_ready:
+        if time.monotonic() > end:
+            raise TimeoutError("the I/O process is not started again")
+        scenarios.run(llm, [Ask((1000, 1001, 1002), 1)])
 
 
 def stored(llm: Any, asks: Sequence[Ask]) -> list[int]:

@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from kvbm.storage.index_file import ENTRY, State
 from tests.engine import disk_tools as disk
 from tests.engine import scenarios
 from tests.engine.conftest import Expect, make_keen, write_weights
@@ -99,6 +101,12 @@ def test_restarts(
         assert [last.tokens, gone.tokens] == [want(), want_other()]
         assert (last.cached, last.onboarded) == ([96, 0, 0, 0], 3)
         assert (gone.cached, gone.onboarded) == ([0] * 4, 0)
+        # The engine is told to forget all, and stopped before anybody asks it for anything.
+        assert sum(engine.call(disk.stored, other)) > 20
+        assert engine.call(scenarios.reset, False, True)
+        engine.call(scenarios.drain)
+    index = np.fromfile(folder / "kvbm-0" / "rank-0" / "index.kvbm", ENTRY, offset=4096)
+    assert (index["state"] == State.FREE).all()
 
 
 def test_flipped_bits(model_of_this: Path, folder: Path, asks: list[Ask], expect_keen: Expect) -> None:
