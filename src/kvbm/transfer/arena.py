@@ -9,6 +9,7 @@ import ctypes
 import errno
 import mmap
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ class HostArena:
         self.slot_bytes = slot_bytes(record_bytes)
         size = num_slots * self.slot_bytes
         self.fd, self._mapping = _map_huge_pages(size) or _map(size)
+        self._close_fd = weakref.finalize(self, os.close, self.fd)  # also where nobody calls `close`
         self.slots: NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8, size).reshape(
             num_slots, self.slot_bytes
         )
@@ -76,7 +78,7 @@ class HostArena:
         del self.slots
         with contextlib.suppress(BufferError):  # a caller still holds a view: the mapping goes with it
             self._mapping.close()
-        os.close(self.fd)
+        self._close_fd()
 
 
 def _map(size: int, flags: int = 0) -> tuple[int, mmap.mmap]:
