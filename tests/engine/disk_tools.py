@@ -210,8 +210,10 @@ def wait_ready(llm: Any, deadline_s: float = 30.0) -> DiskSeen:
 
 def wait_io(llm: Any, deadline_s: float = 20.0) -> None:
     """Ask trifles until the I/O process, which may have died, answers again: an idle engine does not step."""
+    client = scenarios.worker(llm)._disk
     end = time.monotonic() + deadline_s
-    while not scenarios.worker(llm).disk_ready:
+    # A process that died this moment still counts as ready.
+    while not client.ready or client._process.poll() is not None:
         if time.monotonic() > end:
             raise TimeoutError("the I/O process is not started again")
         scenarios.run(llm, [Ask((1000, 1001, 1002), 1)])
