@@ -86,6 +86,8 @@ def test_restarts(
         second = engine.call(disk.from_disk, other)
         assert second.tokens == want_other()
         assert second.at_rest
+        # What was being written is known to be half done: nothing is tried that turns out not to be there.
+        assert second.disk_after.failures == {}
         # A reset forgets all; what is stored after it stays.
         engine.call(disk.store, other)
         assert engine.call(scenarios.reset, False, True)
@@ -131,7 +133,7 @@ def test_flipped_bits(model_of_this: Path, folder: Path, asks: list[Ask], expect
         first = engine.call(disk.run, asks)
         assert first.tokens == want(), f"seed {seed}"
         failed = first.disk_after.failures.get(("READ", "CORRUPT"), 0)
-        assert 0 < failed <= harmed, f"seed {seed}"
+        assert failed == harmed, f"seed {seed}"  # all is read when the engine starts
         # What was damaged is gone, and stored anew.
         engine.call(disk.store, asks)
         again = engine.call(disk.from_disk, asks)
