@@ -14,7 +14,7 @@ pin is gone.
 State is held in arrays; every call takes and returns arrays of slots. Not thread-safe.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -279,6 +279,17 @@ class BlockPool:
         groups = self._groups[slots]
         for group in np.unique(groups):
             yield int(group), groups == group
+
+
+def subscribe_to_all(pools: Iterable[BlockPool], subscriber: Subscriber) -> Callable[[], None]:
+    """`BlockPool.subscribe` for several tiers at once; returns what ends it for all."""
+    ends = [pool.subscribe(subscriber) for pool in pools]
+
+    def unsubscribe() -> None:
+        for end in ends:
+            end()
+
+    return unsubscribe
 
 
 def _distinct(slots: Slots) -> bool:

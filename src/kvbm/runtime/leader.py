@@ -24,7 +24,7 @@ from kvbm.logic.index import Slots
 from kvbm.logic.operations import Direction, Operation
 from kvbm.logic.planner import Outcome, Planner, Stats
 from kvbm.logic.policies import load_policy
-from kvbm.logic.pool import BlockEvent, BlockPool
+from kvbm.logic.pool import BlockEvent, BlockPool, subscribe_to_all
 from kvbm.runtime.disk import make_disk_tier
 from kvbm.runtime.messages import StepOrders, WorkerReport
 
@@ -151,14 +151,8 @@ class Leader:
                 logger.exception("KVBM: an event subscriber raised and is unsubscribed")
                 unsubscribe()
 
-        ends = [self._pool.subscribe(guarded)]
-        if self._disk is not None:
-            ends.append(self._disk.pool.subscribe(guarded))
-
-        def unsubscribe() -> None:
-            for end in ends:
-                end()
-
+        below = [self._disk.pool] if self._disk is not None else []
+        unsubscribe = subscribe_to_all([self._pool, *below], guarded)
         return unsubscribe
 
     # ---- requests ----

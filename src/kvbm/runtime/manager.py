@@ -15,7 +15,7 @@ from kvbm.logic.disk import DiskStats
 from kvbm.logic.hashing import Hashes, SequenceHasher, namespace_digest, root_hash
 from kvbm.logic.index import Slots
 from kvbm.logic.policies import load_policy
-from kvbm.logic.pool import BlockEvent, BlockPool
+from kvbm.logic.pool import BlockEvent, BlockPool, subscribe_to_all
 from kvbm.runtime.disk import num_host_slots
 from kvbm.runtime.manager_disk import ManagerDisk
 from kvbm.transfer.arena import HostArena, ensure_fits, slot_bytes
@@ -221,15 +221,8 @@ class KvBlockManager:
 
     def subscribe(self, subscriber: Callable[[BlockEvent], None]) -> Callable[[], None]:
         """Call with every stored and removed event, from the thread that caused it; returns what ends it."""
-        ends = [self._pool.subscribe(subscriber)]
-        if self._disk is not None:
-            ends.append(self._disk.tier.pool.subscribe(subscriber))
-
-        def unsubscribe() -> None:
-            for end in ends:
-                end()
-
-        return unsubscribe
+        below = [self._disk.tier.pool] if self._disk is not None else []
+        return subscribe_to_all([self._pool, *below], subscriber)
 
     def stats(self) -> ManagerStats:
         with self._lock:

@@ -141,12 +141,15 @@ class Worker:
 
         The leader bounds how many are under way.
         """
-        after = self._records.fence()
+        copies = []
         for operation in operations:
+            if operation.direction in self._queues:
+                copies.append(operation)
+            else:  # between tiers below the device, which has no part in it
+                self._start_disk(self._add(operation, None))
+        after = self._records.fence() if copies else None
+        for operation in copies:
             task = self._add(operation, after)
-            if operation.direction not in self._queues:
-                self._start_disk(task)
-                continue
             if self._device_engine is None:
                 self._queues[operation.direction].put(task)
                 continue

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm.storage.messages import (
+    MAX_MESSAGE,
     Batch,
     Clear,
     Cleared,
@@ -38,7 +39,6 @@ from kvbm.storage.store import Found
 
 logger = logging.getLogger(__name__)
 
-_MAX_MESSAGE = 1 << 20
 _BACKOFF_S = (1.0, 60.0)  # first and longest pause before a dead process is started again
 _LIVED_LONG_S = 120.0  # after which its death counts as the first again
 _MAX_UNSENT = 1000
@@ -178,7 +178,7 @@ class StorageClient:
     def _receive(self, replies: Replies) -> None:
         while self._socket is not None:
             try:
-                data = self._socket.recv(_MAX_MESSAGE)
+                data = self._socket.recv(MAX_MESSAGE)
             except BlockingIOError:
                 return
             except OSError:

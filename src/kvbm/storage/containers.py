@@ -147,10 +147,9 @@ class Containers:
             self.close()
             raise StorageError(f"{path} can't be prepared: {error.strerror or error}") from error
 
-    def place(self, slot: int) -> tuple[int, int, int]:
-        """Number of the file, its descriptor and the offset of a slot's header."""
-        number = slot % len(self.fds)
-        return number, self.fds[number], PAGE + slot // len(self.fds) * self.stride
+    def place(self, slot: int) -> tuple[int, int]:
+        """Descriptor of the file and offset of a slot's header."""
+        return self.fds[slot % len(self.fds)], PAGE + slot // len(self.fds) * self.stride
 
     def encode_epoch(self, page: Bytes, epoch: int) -> tuple[int, int]:
         """Fill the page that gives the store another epoch; its file's descriptor and its offset."""

@@ -122,7 +122,7 @@ class DiskStore(RecordStore):
             self._sequence += 1
             header = Header(key, slot, epoch, self._sequence, int(time.time()), digest)
         self._index.pending(slot, header)
-        _, fd, offset = self._containers.place(slot)
+        fd, offset = self._containers.place(slot)
         with self._pages.one() as page:
             encode_header(page, self._identity, header)
             self._io.write(fd, offset, [page, record])
@@ -132,7 +132,7 @@ class DiskStore(RecordStore):
             self._written.append(header)
 
     def read(self, slot: int, key: Key, record: Bytes) -> int:
-        _, fd, offset = self._containers.place(slot)
+        fd, offset = self._containers.place(slot)
         with self._pages.one() as page:
             self._io.read(fd, offset, [page, record])
             header = decode_header(page, self._identity)
@@ -144,7 +144,7 @@ class DiskStore(RecordStore):
 
     def discard(self, slot: int) -> None:
         self._index.free(slot)
-        _, fd, offset = self._containers.place(slot)
+        fd, offset = self._containers.place(slot)
         with self._pages.one() as page:
             page[:] = 0
             self._io.write(fd, offset, [page])
@@ -165,7 +165,7 @@ class DiskStore(RecordStore):
             with self._lock:
                 written, self._written = self._written, []
             if written:
-                for fd in dict.fromkeys(self._containers.place(header.slot)[1] for header in written):
+                for fd in dict.fromkeys(self._containers.place(header.slot)[0] for header in written):
                     self._io.sync(fd)
                 self._index.stored([header for header in written if header.epoch == self._epoch])
                 self._index.sync()
@@ -192,7 +192,7 @@ class DiskStore(RecordStore):
             return [header for header in pool.map(self._header, slots) if header is not None]
 
     def _header(self, slot: int) -> Header | None:
-        _, fd, offset = self._containers.place(slot)
+        fd, offset = self._containers.place(slot)
         try:
             with self._pages.one() as page:
                 self._io.read(fd, offset, [page])

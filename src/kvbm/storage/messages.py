@@ -7,6 +7,8 @@ from enum import IntEnum
 
 import msgspec
 
+MAX_MESSAGE = 1 << 20  # bytes
+
 
 class Status(IntEnum):
     """Worst of what befell the records of a batch; the order is that of kvbm.logic.operations.Failure."""

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from kvbm.errors import DamagedRecordError, StorageError
 from kvbm.storage.backends import open_store
 from kvbm.storage.messages import (
+    MAX_MESSAGE,
     Batch,
     Clear,
     Cleared,
@@ -40,7 +41,6 @@ from kvbm.storage.messages import (
 )
 from kvbm.storage.store import Found, Key, RecordStore
 
-MAX_MESSAGE = 1 << 20
 _FOUND_AT_ONCE = 4096  # records a message: it has to fit a socket's buffer
 _COMMIT_EVERY_S = 1.0
 _SAME_ERROR_EVERY_S = 10.0

@@ -283,5 +283,8 @@ class _FoundRecords:
             return None, False
         part = slice(self._told, self._told + self._PIECE)
         self._told += self._PIECE
+        piece = self._slots[part], self._hashes[part]
         self.wants_report = self._told < len(self._slots)
-        return (self._slots[part], self._hashes[part]), not self.wants_report
+        if not self.wants_report:  # 20 bytes a record, which nobody needs any more
+            self._slots, self._hashes = self._slots[:0].copy(), self._hashes[:0].copy()
+        return piece, not self.wants_report
