@@ -3,14 +3,16 @@
     python benchmarks/disk.py --dir /mnt/nvme [--record-mib 2] [--gib 2] [--rounds 5] [--output result.json]
     python benchmarks/disk.py --dir /mnt/nvme --restart 1000000
 
-The first measures, in rounds that alternate: fio and KVBM's I/O process, checksums included, reading and
-writing records of one size in random order at one depth; CPU seconds of the I/O process per GB; what a Python
-loop in the engine's process loses meanwhile. The second: how long a store of so many records takes to open.
-Needs fio (apt-get install fio).
+The first measures, in rounds that alternate: fio, bare system calls, and KVBM's I/O process with its
+checksums, reading and writing records of one size in random order at one depth (fio over a few buffers that
+stay in a CPU's cache, the others over host memory); CPU seconds of the I/O process per GB; what a Python loop
+in the engine's process loses meanwhile, and loses beside fio. The second: how long a store of so many records
+takes to open. Needs fio (apt-get install fio).
 """
 
 import argparse
 import json
+import mmap
 import os
 import platform
 import shutil
@@ -34,7 +36,6 @@ from kvbm.storage.messages import Batch, Options
 from kvbm.storage.store import Identity, Key
 from kvbm.transfer.arena import HostArena
 
-ARENA_RECORDS = 256
 BATCH = 32
 NAMESPACE = b"benchmark of disk"[:16]
 
@@ -42,9 +43,11 @@ NAMESPACE = b"benchmark of disk"[:16]
 class Ours:
     """KVBM's path: batches to an I/O process over a shared arena."""
 
-    def __init__(self, folder: Path, record_bytes: int, records: int, threads: int, backend: str) -> None:
+    def __init__(
+        self, folder: Path, record_bytes: int, records: int, arena_records: int, threads: int, backend: str
+    ) -> None:
         self.records = records
-        self.arena = HostArena(min(ARENA_RECORDS, records), record_bytes)
+        self.arena = HostArena(min(arena_records, records), record_bytes)
         self.arena.slots[:] = np.random.default_rng(0).integers(0, 256, self.arena.slots.shape, np.uint8)
         ensure_room([folder], records, stride_of(self.arena.slot_bytes), 0)
         self.client = StorageClient(
@@ -79,7 +82,7 @@ class Ours:
         order = rng.permutation(self.records).astype(np.int32)
         host = np.arange(self.records, dtype=np.int32) % self.arena.num_slots
         batches = [slice(at, at + BATCH) for at in range(0, self.records, BATCH)]
-        most = self.arena.num_slots // BATCH
+        most = max(1, self.arena.num_slots // BATCH)
         in_flight = failed = 0
         started = time.perf_counter()
         while batches or in_flight:
@@ -136,6 +139,32 @@ def fio(paths: list[Path], write: bool, block: int, total: int, depth: int) -> f
     return job["bw_bytes"]
 
 
+def plain(ours: Ours, paths: list[Path], write: bool, block: int, depth: int) -> float:
+    """Bytes per second of bare system calls from threads of this process, over the same memory."""
+    call = os.pwritev if write else os.preadv
+    files = [os.open(path, os.O_RDWR | os.O_DIRECT) for path in paths]
+    places = [
+        (file, offset)
+        for file, path in zip(files, paths, strict=True)
+        for offset in range(0, path.stat().st_size - block + 1, block)
+    ][: ours.records]
+    np.random.default_rng().shuffle(places)
+    arena = ours.arena
+
+    def work(first: int) -> None:
+        page = mmap.mmap(-1, 4096)
+        for i in range(first, len(places), depth):
+            call(places[i][0], [page, arena.slots[i % arena.num_slots]], places[i][1])
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(depth) as pool:
+        list(pool.map(work, range(depth)))
+    seconds = time.perf_counter() - started
+    for file in files:
+        os.close(file)
+    return len(places) * arena.record_bytes / seconds
+
+
 def loop_rate(seconds: float, meanwhile: Callable[[], Any] | None = None) -> float:
     """Iterations per second of a Python loop; the other thread only waits for the I/O process."""
     with ThreadPoolExecutor(1) as pool:
@@ -153,11 +182,12 @@ def loop_rate(seconds: float, meanwhile: Callable[[], Any] | None = None) -> flo
 def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     record = int(args.record_mib * 2**20)
     records = int(args.gib * 2**30) // record
-    ours = Ours(folder, record, records, args.threads, args.backend)
+    ours = Ours(folder, record, records, args.arena_records, args.threads, args.backend)
     rng = np.random.default_rng(2)
     block = stride_of(record)
     depth = {"write": max(1, args.threads // 2), "read": args.threads}
-    rates: dict[str, list[float]] = {"kvbm write": [], "kvbm read": [], "fio write": [], "fio read": []}
+    paths = paths_of([folder])
+    rates = {f"{who} {kind}": list[float]() for who in ("kvbm", "plain", "fio") for kind in ("write", "read")}
     cpu: dict[str, list[float]] = {"write": [], "read": []}
     ours.run(True, rng)  # first writes convert the file system's extents, for both
     for _ in range(args.rounds):
@@ -166,14 +196,16 @@ def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             rates[f"kvbm {kind}"].append(ours.run(kind == "write", rng))
             cpu[kind].append((ours.cpu_seconds() - before) / (records * record / 1e9))
         for kind in ("read", "write"):
-            rates[f"fio {kind}"].append(
-                fio(paths_of([folder]), kind == "write", block, records * record, depth[kind])
-            )
-        ours.run(True, rng)  # what fio has overwritten
-    loop_quiet, loop_busy = [], []
+            rates[f"fio {kind}"].append(fio(paths, kind == "write", block, records * record, depth[kind]))
+            rates[f"plain {kind}"].append(plain(ours, paths, kind == "write", block, depth[kind]))
+        ours.run(True, rng)  # what others have overwritten
+    loop: dict[str, list[float]] = {"alone": [], "beside fio": [], "beside kvbm": []}
     for _ in range(args.rounds):
-        loop_quiet.append(loop_rate(1.0))
-        loop_busy.append(loop_rate(1.0, lambda: ours.run(False, rng)))
+        loop["alone"].append(loop_rate(1.0))
+        loop["beside fio"].append(
+            loop_rate(1.0, lambda: fio(paths, False, block, records * record, depth["read"]))
+        )
+        loop["beside kvbm"].append(loop_rate(1.0, lambda: ours.run(False, rng)))
     started = time.process_time()
     for data in ours.arena.records():  # more than any cache holds, as after a transfer
         xxhash.xxh3_64_intdigest(data.data)
@@ -183,18 +215,23 @@ def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "record bytes": record,
         "records": records,
+        "records in host memory": ours.arena.num_slots,
         "depth": depth,
         "backend": args.backend,
         "GB/s": {name: [round(value / 1e9, 2) for value in values] for name, values in rates.items()},
         "median GB/s": {name: round(value, 2) for name, value in median.items()},
-        "part of fio": {
-            kind: round(median[f"kvbm {kind}"] / median[f"fio {kind}"], 3) for kind in ("write", "read")
+        **{
+            f"part of {other}": {
+                kind: round(median[f"kvbm {kind}"] / median[f"{other} {kind}"], 3) for kind in depth
+            }
+            for other in ("fio", "plain")
         },
         "CPU s per GB": {kind: round(statistics.median(values), 3) for kind, values in cpu.items()},
         "of these the checksum": round(checksum, 3),
-        "python loop, part of its rate while the disk reads": round(
-            statistics.median(loop_busy) / statistics.median(loop_quiet), 4
-        ),
+        "python loop, part of its rate alone while the disk reads": {
+            name: round(statistics.median(rates) / statistics.median(loop["alone"]), 4)
+            for name, rates in loop.items()
+        },
     }
 
 
@@ -243,6 +280,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True, help="a directory on the drive in question")
     parser.add_argument("--record-mib", type=float, default=2.0)
     parser.add_argument("--gib", type=float, default=2.0)
+    parser.add_argument("--arena-records", type=int, default=256, help="records of host memory used in turn")
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backend", default="posix")

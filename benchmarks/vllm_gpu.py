@@ -7,7 +7,8 @@ vLLM's asynchronous scheduler, as `vllm serve` does) and is asked for: the time 
 prompts of 4k, 16k and 32k tokens, cold, found in device memory, and found in host memory after the device
 cache was emptied; the inter-token latency of 16 decoding requests while such prompts arrive; a batch of 32
 prompts of 2k tokens with 64 output tokens; its start. Tokens served from a tier are asserted, or a figure
-would mean nothing.
+would mean nothing. `--only disk` asks for prompts that lie on disk alone: the engine `disk` loads what pays,
+`disk-always` all that is there.
 """
 
 import argparse
@@ -45,15 +46,19 @@ MODEL = {
 }
 SIZES = {"4k": 4096, "16k": 16384, "32k": 32768}
 DEVICE_BLOCKS = 6000  # 96,000 tokens, so that a handful of long prompts drives others out
+KVBM = {
+    "kv_connector": "DynamoConnector",
+    "kv_role": "kv_both",
+    "kv_connector_module_path": "kvbm.vllm_integration.connector",
+}
 CONNECTORS: dict[str, dict[str, Any] | None] = {
     "none": None,
-    "kvbm": {
-        "kv_connector": "DynamoConnector",
-        "kv_role": "kv_both",
-        "kv_connector_module_path": "kvbm.vllm_integration.connector",
-    },
+    "kvbm": KVBM,
     "native": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"},
+    "disk": KVBM,
+    "disk-always": KVBM,
 }
+DISK_HOST_GB = 4.5  # two of the prompts that lie on disk
 
 
 class Engine:
@@ -74,8 +79,17 @@ class Engine:
                 **(connector or {}),
                 "kv_connector_extra_config": {"cpu_bytes_to_use": int(host_gb * 1e9)},
             }
-        elif name == "kvbm":
-            connector = {**(connector or {}), "kv_connector_extra_config": {"host.cache_gb": host_gb}}
+        elif connector is not None:
+            extra: dict[str, Any] = {"host.cache_gb": host_gb}
+            if name.startswith("disk"):
+                extra = {
+                    "host.cache_gb": DISK_HOST_GB,
+                    "disk.cache_gb": 20.0,
+                    "disk.dir": tempfile.mkdtemp(dir="."),
+                    "disk.disable_filter": True,
+                    "disk.skip_slow_loads": name == "disk",
+                }
+            connector = {**connector, "kv_connector_extra_config": extra}
         start = time.perf_counter()
         self.llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
@@ -253,6 +267,35 @@ async def batch(engine: Engine, name: str) -> dict[str, float]:
     return result
 
 
+async def from_disk(engine: Engine, name: str) -> dict[str, Any]:
+    """TTFT in ms of prompts of 16k tokens of which the host tier has lost all but the last two."""
+    rng = np.random.default_rng(5)
+    prompts = [random_prompt(rng, SIZES["16k"]) for _ in range(6)]
+    rows: dict[str, list[float]] = {"cold": [], "again": []}
+    cached = []
+    for prompt in prompts:
+        await engine.wake_up()
+        rows["cold"].append(1e3 * (await engine.ask(prompt))["ttft"])
+        for _ in range(20):  # 2 GiB are on disk then; an idle engine makes no steps, and hears of nothing
+            await asyncio.sleep(0.15)
+            await engine.wake_up()
+    for prompt in prompts[:4]:
+        await engine.empty_device()
+        await engine.wake_up()
+        answer = await engine.ask(prompt)
+        rows["again"].append(1e3 * answer["ttft"])
+        cached.append(answer["cached"])
+        await asyncio.sleep(0.5)
+    result: dict[str, Any] = {
+        where: {"median": statistics.median(times), "all": times} for where, times in rows.items()
+    }
+    result["tokens from KVBM"] = cached
+    print(
+        name, {k: v if isinstance(v, list) else round(v["median"], 1) for k, v in result.items()}, flush=True
+    )
+    return result
+
+
 async def measure(name: str, mode: str, host_gb: float, repeats: int, only: str) -> dict[str, Any]:
     engine = Engine(name, mode, host_gb)
     result: dict[str, Any] = {"start s": engine.start_s}
@@ -265,6 +308,8 @@ async def measure(name: str, mode: str, host_gb: float, repeats: int, only: str)
         await engine.ask(random_prompt(rng, tokens), 4)
     await asyncio.sleep(0.35 * host_gb)  # KVBM pins its memory in the background
     await engine.empty_device()
+    if only == "disk":
+        result["disk ms"] = await from_disk(engine, name)
     if only in ("", "ttft"):
         result["ttft ms"] = await first_tokens(engine, name, repeats)
     if only in ("", "decode"):
@@ -279,11 +324,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--engines", nargs="+", default=list(CONNECTORS), choices=list(CONNECTORS))
+    parser.add_argument("--engines", nargs="+", default=["none", "kvbm", "native"], choices=list(CONNECTORS))
     parser.add_argument("--modes", nargs="+", default=["eager", "graphs"], choices=["eager", "graphs"])
     parser.add_argument("--host-gb", type=float, default=40.0)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--only", default="", choices=["", "ttft", "decode", "batch", "start"])
+    parser.add_argument("--only", default="", choices=["", "ttft", "decode", "batch", "start", "disk"])
     parser.add_argument("--json", help="file for the figures")
     parser.add_argument("--one", action="store_true", help="measure here, not in a process for each engine")
     arguments = parser.parse_args()

@@ -30,6 +30,7 @@ from kvbm.storage.store import Bytes, Found, Identity, Key, RecordStore
 
 logger = logging.getLogger(__name__)
 
+_SCAN_AT_ONCE = 1024
 _SCAN_THREADS = 32  # headers are 4 KiB reads: a drive answers many at once
 
 
@@ -188,8 +189,13 @@ class DiskStore(RecordStore):
 
     def _scan(self, slots: Sequence[int]) -> list[Header]:
         """Headers of those slots that have a plausible one."""
+
+        def scan(part: Sequence[int]) -> list[Header]:
+            return [header for header in map(self._header, part) if header is not None]
+
+        parts = [slots[at : at + _SCAN_AT_ONCE] for at in range(0, len(slots), _SCAN_AT_ONCE)]
         with ThreadPoolExecutor(_SCAN_THREADS, "kvbm-scan") as pool:
-            return [header for header in pool.map(self._header, slots) if header is not None]
+            return [header for headers in pool.map(scan, parts) for header in headers]
 
     def _header(self, slot: int) -> Header | None:
         fd, offset = self._containers.place(slot)
