@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from kvbm.storage.client import StorageClient
 from kvbm.storage.containers import ensure_room, paths_of, stride_of
@@ -139,22 +140,23 @@ def fio(paths: list[Path], write: bool, block: int, total: int, depth: int) -> f
     return job["bw_bytes"]
 
 
-def plain(ours: Ours, paths: list[Path], write: bool, block: int, depth: int) -> float:
-    """Bytes per second of bare system calls from threads of this process, over the same memory."""
+def plain(
+    slots: NDArray[np.uint8], paths: list[Path], write: bool, block: int, total: int, depth: int
+) -> float:
+    """Bytes per second of bare system calls from threads of this process, to and from `slots`."""
     call = os.pwritev if write else os.preadv
     files = [os.open(path, os.O_RDWR | os.O_DIRECT) for path in paths]
     places = [
         (file, offset)
         for file, path in zip(files, paths, strict=True)
         for offset in range(0, path.stat().st_size - block + 1, block)
-    ][: ours.records]
+    ][: total // block]
     np.random.default_rng().shuffle(places)
-    arena = ours.arena
 
     def work(first: int) -> None:
         page = mmap.mmap(-1, 4096)
         for i in range(first, len(places), depth):
-            call(places[i][0], [page, arena.slots[i % arena.num_slots]], places[i][1])
+            call(places[i][0], [page, slots[i % len(slots)]], places[i][1])
 
     started = time.perf_counter()
     with ThreadPoolExecutor(depth) as pool:
@@ -162,7 +164,7 @@ def plain(ours: Ours, paths: list[Path], write: bool, block: int, depth: int) ->
     seconds = time.perf_counter() - started
     for file in files:
         os.close(file)
-    return len(places) * arena.record_bytes / seconds
+    return len(places) * slots.shape[1] / seconds
 
 
 def loop_rate(seconds: float, meanwhile: Callable[[], Any] | None = None) -> float:
@@ -185,9 +187,11 @@ def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ours = Ours(folder, record, records, args.arena_records, args.threads, args.backend)
     rng = np.random.default_rng(2)
     block = stride_of(record)
+    amount = block, records * block
     depth = {"write": max(1, args.threads // 2), "read": args.threads}
     paths = paths_of([folder])
-    rates = {f"{who} {kind}": list[float]() for who in ("kvbm", "plain", "fio") for kind in ("write", "read")}
+    others = ("fio", "plain") if shutil.which("fio") else ("plain",)
+    rates = {f"{who} {kind}": list[float]() for who in ("kvbm", *others) for kind in ("write", "read")}
     cpu: dict[str, list[float]] = {"write": [], "read": []}
     ours.run(True, rng)  # first writes convert the file system's extents, for both
     for _ in range(args.rounds):
@@ -196,15 +200,17 @@ def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             rates[f"kvbm {kind}"].append(ours.run(kind == "write", rng))
             cpu[kind].append((ours.cpu_seconds() - before) / (records * record / 1e9))
         for kind in ("read", "write"):
-            rates[f"fio {kind}"].append(fio(paths, kind == "write", block, records * record, depth[kind]))
-            rates[f"plain {kind}"].append(plain(ours, paths, kind == "write", block, depth[kind]))
+            if "fio" in others:
+                rates[f"fio {kind}"].append(fio(paths, kind == "write", *amount, depth[kind]))
+            rates[f"plain {kind}"].append(
+                plain(ours.arena.slots, paths, kind == "write", *amount, depth[kind])
+            )
         ours.run(True, rng)  # what others have overwritten
     loop: dict[str, list[float]] = {"alone": [], "beside fio": [], "beside kvbm": []}
     for _ in range(args.rounds):
         loop["alone"].append(loop_rate(1.0))
-        loop["beside fio"].append(
-            loop_rate(1.0, lambda: fio(paths, False, block, records * record, depth["read"]))
-        )
+        if "fio" in others:
+            loop["beside fio"].append(loop_rate(1.0, lambda: fio(paths, False, *amount, depth["read"])))
         loop["beside kvbm"].append(loop_rate(1.0, lambda: ours.run(False, rng)))
     started = time.process_time()
     for data in ours.arena.records():  # more than any cache holds, as after a transfer
@@ -224,13 +230,14 @@ def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             f"part of {other}": {
                 kind: round(median[f"kvbm {kind}"] / median[f"{other} {kind}"], 3) for kind in depth
             }
-            for other in ("fio", "plain")
+            for other in others
         },
         "CPU s per GB": {kind: round(statistics.median(values), 3) for kind, values in cpu.items()},
         "of these the checksum": round(checksum, 3),
         "python loop, part of its rate alone while the disk reads": {
             name: round(statistics.median(rates) / statistics.median(loop["alone"]), 4)
             for name, rates in loop.items()
+            if rates
         },
     }
 
@@ -287,8 +294,6 @@ def main() -> None:
     parser.add_argument("--restart", type=int, help="measure instead how long so many records take to open")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    if args.restart is None and shutil.which("fio") is None:
-        sys.exit("fio is not installed: apt-get install fio")
     folder = Path(tempfile.mkdtemp(prefix="kvbm-benchmark-", dir=args.dir))
     try:
         measured = restart(args, folder) if args.restart else throughput(args, folder)

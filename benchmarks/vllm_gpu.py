@@ -51,12 +51,15 @@ KVBM = {
     "kv_role": "kv_both",
     "kv_connector_module_path": "kvbm.vllm_integration.connector",
 }
+BENCH = {"kv_role": "kv_both", "kv_connector_module_path": "benchmarks.connectors"}
 CONNECTORS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "kvbm": KVBM,
     "native": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"},
     "disk": KVBM,
     "disk-always": KVBM,
+    "null": {**BENCH, "kv_connector": "NullConnector"},
+    "timed": {**BENCH, "kv_connector": "TimedConnector"},
 }
 DISK_HOST_GB = 4.5  # two of the prompts that lie on disk
 
@@ -79,7 +82,7 @@ class Engine:
                 **(connector or {}),
                 "kv_connector_extra_config": {"cpu_bytes_to_use": int(host_gb * 1e9)},
             }
-        elif connector is not None:
+        elif connector is not None and name != "null":
             extra: dict[str, Any] = {"host.cache_gb": host_gb}
             if name.startswith("disk"):
                 extra = {
@@ -167,7 +170,7 @@ async def first_tokens(engine: Engine, name: str, repeats: int) -> dict[str, Any
             rows["device"].append(device["ttft"])
             expect_cached(cold, 0, 0)
             expect_cached(device, tokens - 16, tokens)
-            if name != "none":
+            if name not in ("none", "null"):
                 await engine.wake_up()
                 host = await engine.ask(prompt, 8)
                 rows["host"].append(host["ttft"])
@@ -214,7 +217,7 @@ async def decoding(engine: Engine, name: str) -> dict[str, Any]:
         await asyncio.sleep(0.3)
     result: dict[str, Any] = {}
     for case in ("alone", "device hits", "host hits"):
-        if case == "host hits" and name == "none":
+        if case == "host hits" and name in ("none", "null"):
             continue
         await engine.empty_device()
         if case == "device hits":
@@ -254,7 +257,7 @@ async def batch(engine: Engine, name: str) -> dict[str, float]:
         for where in ("cold", "device", "host"):
             if where == "host":
                 await engine.empty_device()
-                if name == "none":
+                if name in ("none", "null"):
                     continue
             start = time.perf_counter()
             answers = await asyncio.gather(*(engine.ask(prompt, 64) for prompt in prompts))

@@ -68,6 +68,16 @@ def test_nothing_is_declined_while_a_rate_is_unknown(
     assert estimate(reading, computing).paying(blocks(pattern), 1000, 0.0) == len(pattern)
 
 
+def test_a_tier_that_was_never_read_is_tried_with_a_few_blocks() -> None:
+    few = LoadEstimate.FIRST_BLOCKS
+    unread = estimate(computing=100)
+    assert unread.paying(blocks("d" * (few + 1)), 0, 0.0) == few
+    assert unread.paying(blocks("h" + "d" * (few - 1) + "h"), 0, 0.0) == few + 1
+    assert unread.paying(blocks("hh" + "d" * 1000), 0, 0.0) == 2 + few
+    unread.read(few, few / 1000, 1.0)
+    assert unread.paying(blocks("hh" + "d" * 1000), 0, 1.0) == 1002
+
+
 @pytest.mark.parametrize("pattern", ["d", "hhdd", "dhdh", "d" * 100])
 def test_all_is_read_where_reading_is_faster(pattern: str) -> None:
     assert estimate(reading=1000, computing=100).paying(blocks(pattern), 0, 0.0) == len(pattern)
