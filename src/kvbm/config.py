@@ -1,4 +1,4 @@
-"""What users of KVBM may set, each key declared once, and where its value comes from.
+"""What users of KVBM have set, and where each value comes from. The keys are declared in `settings`.
 
 Sources, in rising precedence: defaults, a TOML file, the environment, the connector's
 `kv_connector_extra_config`, keyword arguments. All problems of all sources are reported in one `ConfigError`.
@@ -10,240 +10,12 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
-from msgspec import Meta
 
 from kvbm.errors import ConfigError
-
-# A key's type says what is allowed, its `_key` all the rest.
-_Flag = Annotated[bool, Meta(description="true or false")]
-_Count = Annotated[int, Meta(description="an integer >= 1", ge=1)]
-_Seconds = Annotated[float, Meta(description="a number > 0", gt=0)]
-_Gigabytes = Annotated[float, Meta(description="a number >= 0", ge=0)]
-_OptionalFlag = Annotated[Annotated[bool, Meta()] | None, Meta(description="true, false or none")]
-_CopyMethod = Annotated[
-    Literal["auto", "dma", "kernel", "staged"], Meta(description="auto, dma, kernel or staged")
-]
-_OptionalCount = Annotated[Annotated[int, Meta(ge=0)] | None, Meta(description="an integer >= 0, or none")]
-_Policy = Annotated[
-    str,
-    Meta(
-        description="lru, segmented-lru or module:Class",
-        pattern=r"^(lru|segmented-lru|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$",
-    ),
-]
-_Folders = Annotated[str, Meta(description="directories, joined by `:`", pattern=r"[^:\s]")]
-_Allocator = Annotated[Literal["default", "open-direct"], Meta(description="default or open-direct")]
-_DiskBackend = Annotated[
-    Literal["posix", "nixl-posix", "nixl-gds-mt"], Meta(description="posix, nixl-posix or nixl-gds-mt")
-]
-_OnLoadFailure = Annotated[Literal["recompute", "engine"], Meta(description="recompute or engine")]
-
-
-def _key(env: str, doc: str) -> Meta:
-    return Meta(description=doc, extra={"env": env})
-
-
-class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The tier in host memory (G2)."""
-
-    cache_gb: Annotated[
-        _Gigabytes,
-        _key(
-            "DYN_KVBM_CPU_CACHE_GB",
-            "Size of the host cache in GB (1e9 bytes), the sum over all ranks. 0: no host cache.",
-        ),
-    ] = 0.0
-    num_blocks: Annotated[
-        _OptionalCount,
-        _key(
-            "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS",
-            "Exact number of blocks in the host cache. 0 or none: `host.cache_gb` decides.",
-        ),
-    ] = None
-    policy: Annotated[
-        _Policy,
-        _key(
-            "KVBM_HOST_POLICY", "Which block leaves a full host cache; `module:Class` names one of your own."
-        ),
-    ] = "lru"
-    checksum: Annotated[
-        _OptionalFlag,
-        _key(
-            "KVBM_HOST_CHECKSUM",
-            "Verify the checksum of a host record before it is loaded. none: where the engine runs on CPUs, "
-            "but not on GPUs, whose bus is faster than that.",
-        ),
-    ] = None
-
-
-class DiskConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The tier on local disks (G3)."""
-
-    cache_gb: Annotated[
-        _Gigabytes,
-        _key(
-            "DYN_KVBM_DISK_CACHE_GB",
-            "Size of the disk cache in GB (1e9 bytes), the sum over all ranks and directories. 0: no disk "
-            "cache. Without a host cache, blocks pass through a small one of at most 1 GB.",
-        ),
-    ] = 0.0
-    num_blocks: Annotated[
-        _OptionalCount,
-        _key(
-            "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS",
-            "Exact number of blocks in the disk cache. 0 or none: `disk.cache_gb` decides.",
-        ),
-    ] = None
-    dir: Annotated[
-        _Folders,
-        _key(
-            "DYN_KVBM_DISK_CACHE_DIR",
-            "Where the files are kept, in a folder `kvbm-N` for data-parallel rank N. Several directories, "
-            "on drives of their own, share the blocks equally.",
-        ),
-    ] = "/tmp"
-    disable_filter: Annotated[
-        _OptionalFlag,
-        _key(
-            "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER",
-            "Write every block to disk, not only those seen at least twice. none: with the filter, but "
-            "without where there is no host cache.",
-        ),
-    ] = None
-    write_gb_per_day: Annotated[
-        _Gigabytes,
-        _key(
-            "KVBM_DISK_WRITE_GB_PER_DAY",
-            "Most GB written in any 24 hours, the sum over all ranks, counted from the engine's start. 0: no "
-            "limit.",
-        ),
-    ] = 0.0
-    min_free_gb: Annotated[
-        _Gigabytes,
-        _key("KVBM_DISK_MIN_FREE_GB", "GB that each drive keeps free beside the cache."),
-    ] = 1.0
-    zerofill_fallback: Annotated[
-        _Flag,
-        _key(
-            "DYN_KVBM_DISK_ZEROFILL_FALLBACK",
-            "Where the file system has no fallocate, fill the files with zeros at start; otherwise they are "
-            "sparse there, and room may lack later.",
-        ),
-    ] = False
-    disable_o_direct: Annotated[
-        _Flag,
-        _key(
-            "DYN_KVBM_DISK_DISABLE_O_DIRECT",
-            "Read and write through the page cache. Done in any case where O_DIRECT is not to be had.",
-        ),
-    ] = False
-    allocator: Annotated[
-        _Allocator,
-        _key(
-            "DYN_KVBM_DISK_ALLOCATOR_TYPE",
-            "open-direct: ask for O_DIRECT when a file is opened; default: afterwards, which some file "
-            "systems ignore.",
-        ),
-    ] = "default"
-    policy: Annotated[
-        _Policy,
-        _key(
-            "KVBM_DISK_POLICY", "Which block leaves a full disk cache; `module:Class` names one of your own."
-        ),
-    ] = "segmented-lru"
-    backend: Annotated[
-        _DiskBackend,
-        _key(
-            "KVBM_DISK_BACKEND",
-            "What reads and writes: calls of the kernel (posix), or a plugin of NIXL, which has to be "
-            "installed (1.5.0 or later).",
-        ),
-    ] = "posix"
-    threads: Annotated[
-        _Count,
-        _key("KVBM_DISK_THREADS", "Records that a rank reads at once; half as many are written at once."),
-    ] = 8
-    max_queued_blocks: Annotated[
-        _Count,
-        _key(
-            "KVBM_DISK_MAX_QUEUED_BLOCKS",
-            "Most blocks that wait to be written; those beyond it are dropped, never delayed.",
-        ),
-    ] = 1024
-    timeout_s: Annotated[
-        _Seconds,
-        _key("KVBM_DISK_TIMEOUT_S", "Seconds that one operation may take; after them a load is a miss."),
-    ] = 10.0
-    skip_slow_loads: Annotated[
-        _Flag,
-        _key(
-            "KVBM_DISK_SKIP_SLOW_LOADS",
-            "Read only what is had sooner from disk than by computing it again, as measured.",
-        ),
-    ] = True
-
-
-class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How blocks move between tiers."""
-
-    max_concurrent: Annotated[
-        _Count,
-        _key(
-            "DYN_KVBM_MAX_CONCURRENT_TRANSFERS",
-            "Most operations that a worker executes at once in each direction; half the CPU cores are the "
-            "limit in any case.",
-        ),
-    ] = 4
-    max_batch_blocks: Annotated[
-        _Count, _key("DYN_KVBM_MAX_TRANSFER_BATCH_SIZE", "Most blocks that one offload operation copies.")
-    ] = 128
-    copy_method: Annotated[
-        _CopyMethod,
-        _key(
-            "KVBM_TRANSFER_COPY_METHOD",
-            "How a GPU's blocks are copied: by its copy engines piece by piece (dma), by a kernel over "
-            "pinned memory (kernel), or packed in device memory and then copied (staged). auto: what is "
-            "fastest on this device, measured at the first start and kept in ~/.cache/kvbm.",
-        ),
-    ] = "auto"
-    max_queued_blocks: Annotated[
-        _Count,
-        _key(
-            "KVBM_TRANSFER_MAX_QUEUED_BLOCKS",
-            "Most blocks that wait to be offloaded; those beyond it are dropped, never delayed.",
-        ),
-    ] = 4096
-    timeout_s: Annotated[
-        _Seconds,
-        _key("KVBM_TRANSFER_TIMEOUT_S", "Seconds that one operation may take; after them a load is a miss."),
-    ] = 30.0
-
-
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How KVBM lives with the engine."""
-
-    init_timeout_s: Annotated[
-        _Seconds,
-        _key(
-            "DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS",
-            "Seconds that the leader waits at start-up until every worker is ready.",
-        ),
-    ] = 1800.0
-    allow_untested: Annotated[
-        _Flag,
-        _key("KVBM_ALLOW_UNTESTED_ENGINE", "Start with an engine version outside the supported range."),
-    ] = False
-    load_failure_policy: Annotated[
-        _OnLoadFailure,
-        _key(
-            "KVBM_LOAD_FAILURE_POLICY",
-            "When a block fails to load. recompute: KVBM sets vLLM's `kv_load_failure_policy` to "
-            "recompute; engine: the engine's own setting stays.",
-        ),
-    ] = "recompute"
+from kvbm.settings import DiskConfig, EngineConfig, HostConfig, ObserveConfig, TransferConfig
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -253,6 +25,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     disk: DiskConfig
     transfer: TransferConfig
     engine: EngineConfig
+    observe: ObserveConfig
     sources: Mapping[str, str]
     """Where each value comes from: dotted key to source."""
     notices: tuple[str, ...]
@@ -278,7 +51,13 @@ class Setting(msgspec.Struct, frozen=True):
     doc: str
 
 
-_SECTIONS = {"host": HostConfig, "disk": DiskConfig, "transfer": TransferConfig, "engine": EngineConfig}
+_SECTIONS = {
+    "host": HostConfig,
+    "disk": DiskConfig,
+    "transfer": TransferConfig,
+    "engine": EngineConfig,
+    "observe": ObserveConfig,
+}
 _FIELDS = {
     f"{section}.{field.name}": field
     for section, struct in _SECTIONS.items()
@@ -302,8 +81,6 @@ _FILE_ENV = "KVBM_CONFIG"
 _OBJECT = "this version has no object tier yet"
 _PORTS = "no ports are needed, leader and workers use the engine's channel"
 _NUMA = "host memory is placed near the GPU in any case"
-_OBSERVE = "this version has no metrics, records or cache statistics yet"
-_EVENTS = "this version has no KV events yet"
 _TRTLLM = "this version has no TensorRT-LLM integration yet"
 IGNORED_ENV: dict[str, str] = {
     "DYN_KVBM_OBJECT_*": _OBJECT,
@@ -317,13 +94,6 @@ IGNORED_ENV: dict[str, str] = {
     "DYN_KVBM_LEADER_ZMQ_PUB_PORT": _PORTS,
     "DYN_KVBM_LEADER_ZMQ_ACK_PORT": _PORTS,
     "DYN_KVBM_BARRIER_ID_PREFIX": _PORTS,
-    "DYN_KVBM_METRICS": _OBSERVE,
-    "DYN_KVBM_METRICS_PORT": _OBSERVE,
-    "DYN_KVBM_ENABLE_RECORD": _OBSERVE,
-    "DYN_KVBM_CACHE_STATS_MAX_REQUESTS": _OBSERVE,
-    "DYN_KVBM_CACHE_STATS_LOG_INTERVAL_SECS": _OBSERVE,
-    "DYN_KVBM_KV_EVENTS_ENABLE_CONSOLIDATOR": _EVENTS,
-    "DYN_KVBM_KV_EVENTS_CONSOLIDATOR_MODE": _EVENTS,
     "DYN_KVBM_TRTLLM_ZMQ_PORT": _TRTLLM,
     "DYN_KVBM_NCCL_MLA_MODE": _TRTLLM,
     "DYN_KVBM_NCCL_MAX_CTAS": _TRTLLM,

@@ -42,6 +42,18 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "engine.init_timeout_s": ("60", 60.0),
     "engine.allow_untested": ("yes", True),
     "engine.load_failure_policy": ("engine", "engine"),
+    "observe.metrics": ("1", True),
+    "observe.port": ("7000", 7000),
+    "observe.host": ("127.0.0.1", "127.0.0.1"),
+    "observe.admin_token": ("secret", "secret"),
+    "observe.max_requests": ("10", 10),
+    "observe.log_interval_s": ("60", 60.0),
+    "observe.history_blocks": ("1000", 1000),
+    "observe.record": ("true", True),
+    "observe.record_file": ("/var/trace.jsonl", "/var/trace.jsonl"),
+    "observe.record_max_mb": ("1.5", 1.5),
+    "observe.events": ("0", False),
+    "observe.events_mode": ("passthrough", "passthrough"),
 }
 ENV_NAMES = {
     "host.cache_gb": "DYN_KVBM_CPU_CACHE_GB",
@@ -71,6 +83,18 @@ ENV_NAMES = {
     "engine.init_timeout_s": "DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS",
     "engine.allow_untested": "KVBM_ALLOW_UNTESTED_ENGINE",
     "engine.load_failure_policy": "KVBM_LOAD_FAILURE_POLICY",
+    "observe.metrics": "DYN_KVBM_METRICS",
+    "observe.port": "DYN_KVBM_METRICS_PORT",
+    "observe.host": "KVBM_METRICS_HOST",
+    "observe.admin_token": "KVBM_ADMIN_TOKEN",
+    "observe.max_requests": "DYN_KVBM_CACHE_STATS_MAX_REQUESTS",
+    "observe.log_interval_s": "DYN_KVBM_CACHE_STATS_LOG_INTERVAL_SECS",
+    "observe.history_blocks": "KVBM_OBSERVE_HISTORY_BLOCKS",
+    "observe.record": "DYN_KVBM_ENABLE_RECORD",
+    "observe.record_file": "KVBM_RECORD_FILE",
+    "observe.record_max_mb": "KVBM_RECORD_MAX_MB",
+    "observe.events": "DYN_KVBM_KV_EVENTS_ENABLE_CONSOLIDATOR",
+    "observe.events_mode": "DYN_KVBM_KV_EVENTS_CONSOLIDATOR_MODE",
 }
 KEYS = list(SAMPLES)
 
@@ -129,6 +153,18 @@ class TestDefaults:
             "engine.init_timeout_s": 1800.0,
             "engine.allow_untested": False,
             "engine.load_failure_policy": "recompute",
+            "observe.metrics": False,
+            "observe.port": 6880,
+            "observe.host": "0.0.0.0",
+            "observe.admin_token": None,
+            "observe.max_requests": 1000,
+            "observe.log_interval_s": 5.0,
+            "observe.history_blocks": 262144,
+            "observe.record": False,
+            "observe.record_file": "/tmp/kvbm-trace.jsonl",
+            "observe.record_max_mb": 256.0,
+            "observe.events": True,
+            "observe.events_mode": "dedup",
         }
         assert config.sources == dict.fromkeys(KEYS, "default")
         assert config.notices == ()
@@ -422,7 +458,7 @@ class TestUnknownNames:
 
     def test_table_like_no_other(self) -> None:
         (problem,) = problems_of({"zzz": {"cache_gb": 1}})
-        assert problem.endswith("remove it, or use one of host, disk, transfer, engine")
+        assert problem.endswith("remove it, or use one of host, disk, transfer, engine, observe")
 
     def test_key_that_is_no_string(self) -> None:
         (problem,) = problems_of({7: 1})
@@ -459,9 +495,9 @@ class TestNotices:
         assert config.sources == load().sources
 
     def test_text(self) -> None:
-        env = {"DYN_KVBM_OBJECT_BUCKET": "b", "DYN_KVBM_KV_EVENTS_CONSOLIDATOR_MODE": "dedup"}
+        env = {"DYN_KVBM_OBJECT_BUCKET": "b", "DYN_KVBM_NCCL_MAX_CTAS": "4"}
         assert load(env=env).notices == (
-            "DYN_KVBM_KV_EVENTS_CONSOLIDATOR_MODE is set, but this version has no KV events yet: ignored",
+            "DYN_KVBM_NCCL_MAX_CTAS is set, but this version has no TensorRT-LLM integration yet: ignored",
             "DYN_KVBM_OBJECT_BUCKET is set, but this version has no object tier yet: ignored",
         )
 

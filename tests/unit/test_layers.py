@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "kvbm"
 
-BASE = {"config", "errors"}
+BASE = {"config", "settings", "errors"}
 BELOW_INTEGRATIONS = BASE | {"logic", "transfer", "storage", "observe", "runtime"}
 ENGINES = {
     "vllm_integration": "vllm",
@@ -18,11 +18,12 @@ ENGINES = {
 # What each part of the package may import from the others. `kvbm` is the package's own __init__.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "config": {"errors"},
+    "settings": set(),
+    "config": {"settings", "errors"},
     "logic": BASE,
     "transfer": BASE,
     "storage": BASE,
-    "observe": BASE,
+    "observe": BASE | {"logic"},
     "runtime": BELOW_INTEGRATIONS - {"runtime"},
     **dict.fromkeys(ENGINES, BELOW_INTEGRATIONS),
     "cli": BELOW_INTEGRATIONS | set(ENGINES),
