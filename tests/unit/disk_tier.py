@@ -10,6 +10,7 @@ from kvbm.logic.admission import FrequencyFilter, WriteBudget
 from kvbm.logic.disk import DiskLimits, DiskTier
 from kvbm.logic.estimate import LoadEstimate
 from kvbm.logic.hashing import Hashes
+from kvbm.logic.history import Fate
 from kvbm.logic.index import Slots
 from kvbm.logic.operations import Completion, Direction, Failure, Operation
 from kvbm.logic.policies import EvictionPolicy, Lru
@@ -72,8 +73,8 @@ class Tier:
     def stats(self) -> Any:
         return self.tier.stats
 
-    def drop(self, slots: Slots) -> None:
-        self.host.withdraw(slots[self.host.states(slots) >= BlockState.COMPLETE])
+    def drop(self, slots: Slots, fate: Fate) -> None:
+        self.host.withdraw(slots[self.host.states(slots) >= BlockState.COMPLETE], fate)
 
     def step(self, seconds: float = 0.0) -> list[Operation]:
         """Time passes; the orders of the step."""

@@ -11,17 +11,20 @@ Events in (blocks seen, requests, completions, time), operations out. Not thread
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvbm.logic.admission import FrequencyFilter, WriteBudget
+from kvbm.logic.edges import Edge
 from kvbm.logic.estimate import LoadEstimate
 from kvbm.logic.hashing import Hashes
+from kvbm.logic.history import Fate
 from kvbm.logic.in_flight import InFlight
 from kvbm.logic.index import Slots
 from kvbm.logic.operations import BlockIds, Completion, Direction, Failure, Operation
-from kvbm.logic.pool import BlockPool, BlockState
+from kvbm.logic.pool import UNKNOWN_TAG, BlockPool, BlockState
+from kvbm.logic.restore import Restore
 
 # Reading a member of an IntEnum costs a microsecond in Python 3.11.
 _WRITE, _READ = Direction.WRITE, Direction.READ
@@ -32,7 +35,6 @@ _NO_SLOTS = np.empty(0, np.int64)
 _FAILURES_BEFORE_PAUSE = 3
 _PAUSE_S = (1.0, 60.0)
 _ADOPT_AT_ONCE = 32768  # found records entered in one step: about 10 ms
-_WARM_UP_BLOCKS = 64  # read into the host tier at start, which measures the tier as well
 
 
 @dataclass(slots=True)
@@ -46,6 +48,8 @@ class DiskStats:
     dropped_blocks: int = 0  # admitted, but the queue or the budget was full, or the tier had no room
     declined_blocks: int = 0  # on disk, but sooner computed again
     failures: Counter[tuple[Direction, Failure]] = field(default_factory=Counter)
+    write: Edge = field(default_factory=Edge)
+    read: Edge = field(default_factory=Edge)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +63,23 @@ class DiskLimits:
     patience_s: float = 5.0
 
 
+class FetchEnd(Enum):
+    """Why a request does not get all that it has on disk."""
+
+    SLOWER = "computing it is faster"
+    NO_ROOM = "others were reading"
+    PAUSED = "the disk had failed"
+    LATE = "reading took too long"
+
+
 @dataclass(slots=True)
 class _Fetch:
     """A request's blocks on their way to the host tier, and kept there until it has used them."""
 
     slots: Slots = field(default_factory=lambda: _NO_SLOTS)
     deadline: float = 0.0
-    read: int = 0  # of them come from disk
+    from_disk: Slots = field(default_factory=lambda: _NO_SLOTS)  # those of them that are read for it
+    ends: FetchEnd | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,6 +91,7 @@ class DiskTier:
     """One tier of disk slots, `pool`, below the `host` pool; block i has disk slot i in every rank's store.
 
     drop: withdraws host blocks whose bytes turned out to be missing or wrong. ids: numbers for operations.
+    missed: told of blocks that were not written, and why.
     """
 
     def __init__(
@@ -86,8 +101,9 @@ class DiskTier:
         *,
         ranks: int,
         ids: Iterator[int],
-        drop: Callable[[Slots], None],
+        drop: Callable[[Slots, Fate], None],
         limits: DiskLimits,
+        missed: Callable[[Hashes, Fate], None] | None = None,
         admission: FrequencyFilter | None = None,
         budget: WriteBudget | None = None,
         estimate: LoadEstimate | None = None,
@@ -99,6 +115,7 @@ class DiskTier:
         self._ranks = ranks
         self._ids = ids
         self._drop = drop
+        self._missed = missed or (lambda hashes, fate: None)
         self._limits = limits
         self._admission = admission
         self._budget = budget
@@ -111,7 +128,7 @@ class DiskTier:
         self._fetches: dict[str, _Fetch] = {}
         self._fetched = 0  # blocks that fetches hold
         self._arriving = np.zeros(host.capacity, bool)  # host slots that are being read into
-        self._restore = _Restore(pool.capacity, ranks)
+        self._restore = Restore(pool.capacity, ranks)
         self._restore_deadline: float | None = None
         self._failures_in_row = 0
         self._paused_until = -np.inf
@@ -185,7 +202,7 @@ class DiskTier:
             self.stats.recovered_blocks += len(slots)
             return
         newest = self._restore.newest
-        self._restore = _Restore(0, self._ranks)
+        self._restore = Restore(0, self._ranks)
         self.pool.grow(self.pool.capacity)
         room = min(len(newest), self._host.num_free // 2, self._limits.max_fetched_blocks)
         if room:
@@ -207,10 +224,14 @@ class DiskTier:
         kept = on_disk[known & (self.pool.states(on_disk) == _REGISTERED)]
         self.pool.pin(kept)
         self.pool.release(kept)
+        self.pool.tag(on_disk[known], self._host.tags(host_slots[known]))
         wanted = ~known
         if self._admission is not None:
             admitted = self._admission.admit(hashes)
-            self.stats.not_admitted_blocks += int(np.count_nonzero(wanted & ~admitted))
+            refused = wanted & ~admitted
+            if refused.any():
+                self.stats.not_admitted_blocks += int(np.count_nonzero(refused))
+                self._missed(hashes[refused], Fate.NOT_ADMITTED)
             wanted &= admitted
         if wanted.any():
             self._write(host_slots[wanted], hashes[wanted])
@@ -224,8 +245,12 @@ class DiskTier:
             room = self._budget.take(room, self._now)
         slots, is_new = self.pool.claim(hashes[:room], room)
         self.pool.release(slots[(slots >= 0) & ~is_new])
-        self.stats.dropped_blocks += wanted - int(np.count_nonzero(is_new))
+        dropped = wanted - int(np.count_nonzero(is_new))
+        if dropped:
+            self.stats.dropped_blocks += dropped
+            self._missed(np.concatenate([hashes[:room][slots < 0], hashes[room:]]), Fate.NO_ROOM)
         host_slots, slots = host_slots[:room][is_new], slots[is_new]
+        self.pool.tag(slots, self._host.tags(host_slots))
         self._host.pin(host_slots, reuse=False)
         self._queued_writes += len(slots)
         self._start(_WRITE, host_slots, slots)
@@ -243,7 +268,10 @@ class DiskTier:
         fetch = self._fetches.get(request_id)
         if fetch is None:
             fetch = self._fetches[request_id] = self._begin(hashes)
-        if self._now >= fetch.deadline or not len(fetch.slots):
+        if not len(fetch.slots):
+            return True
+        if self._now >= fetch.deadline:
+            fetch.ends = fetch.ends or FetchEnd.LATE
             return True
         states = self._host.states(fetch.slots)
         lost = np.flatnonzero(states < _COMPLETE)
@@ -256,16 +284,23 @@ class DiskTier:
         fetch = self._fetches.get(request_id)
         if fetch is not None and len(fetch.slots):
             self._host.release(fetch.slots)
-            self._fetched -= fetch.read
+            self._fetched -= len(fetch.from_disk)
             self._fetches[request_id] = _Fetch()
+
+    def fetched(self, request_id: str) -> tuple[Slots, FetchEnd | None]:
+        """Host slots that were read for the request, and why not more. Until its `release`."""
+        fetch = self._fetches.get(request_id)
+        return (fetch.from_disk, fetch.ends) if fetch is not None else (_NO_SLOTS, None)
 
     def finish(self, request_id: str) -> None:
         self.release(request_id)
         self._fetches.pop(request_id, None)
 
     def _begin(self, hashes: Hashes) -> _Fetch:
-        if not self.ready or self._now < self._paused_until or not len(hashes):
+        if not self.ready or not len(hashes):
             return _Fetch()
+        if self._now < self._paused_until:
+            return _Fetch(ends=FetchEnd.PAUSED)
         host = self._host.find(hashes)
         in_host = host >= 0
         disk = self.pool.find(hashes)
@@ -273,20 +308,26 @@ class DiskTier:
         gaps = np.flatnonzero(~(in_host | on_disk))
         end = int(gaps[0]) if len(gaps) else len(hashes)
         to_read = on_disk[:end]
+        ends = None
         if self._estimate is not None:
             end = self._estimate.paying(to_read, self._queued_reads, self._now)
-            self.stats.declined_blocks += int(np.count_nonzero(to_read[end:]))
+            declined = int(np.count_nonzero(to_read[end:]))
+            self.stats.declined_blocks += declined
+            ends = FetchEnd.SLOWER if declined else None
         room = self._limits.max_fetched_blocks - max(self._fetched, self._queued_reads)
-        end = int(np.searchsorted(np.cumsum(to_read[:end]), room, side="right"))
+        paying, end = end, int(np.searchsorted(np.cumsum(to_read[:end]), room, side="right"))
+        if end < paying:
+            ends = FetchEnd.NO_ROOM
         coming = to_read[:end] | (in_host[:end] & self._arriving[host[:end]])
         if not coming.any():
-            return _Fetch()
+            return _Fetch(ends=ends)
         slots, is_new = self._host.claim(hashes[:end], room)
         missing = np.flatnonzero(slots < 0)
         if len(missing):
             rest = slots[missing[0] :]
             self._host.release(rest[rest >= 0])
             slots, is_new = slots[: missing[0]], is_new[: missing[0]]
+            ends = FetchEnd.NO_ROOM
         sources = disk[: len(slots)][is_new]
         self.pool.pin(sources)
         self._read(slots[is_new], sources)
@@ -295,11 +336,12 @@ class DiskTier:
         patience_s = 2 * self._limits.timeout_s
         if self._estimate is not None:
             patience_s = min(patience_s, self._estimate.patience_s(self._queued_reads))
-        return _Fetch(slots, self._now + patience_s, len(sources))
+        return _Fetch(slots, self._now + patience_s, slots[is_new], ends)
 
     def _read(self, host_slots: Slots, disk_slots: Slots) -> None:
         """Both complete, or registered, and the disk slots pinned for this."""
         self._host.pin(host_slots)
+        self._host.tag(host_slots, self.pool.tags(disk_slots))
         self._arriving[host_slots] = True
         self._queued_reads += len(host_slots)
         self._start(_READ, host_slots, disk_slots)
@@ -325,6 +367,7 @@ class DiskTier:
                 slots=host_slots[part],
                 disk_slots=disk_slots[part],
                 waiting_for=set(range(self._ranks)),
+                started=self._now,
                 deadline=self._now + 2 * self._limits.timeout_s,
                 failed=np.zeros(len(operation.host_slots), bool),
             )
@@ -359,22 +402,28 @@ class DiskTier:
             arrived = host[~failed & (self._host.states(host) == _COMPLETE)]
             self._host.register(arrived)
             self.stats.read_blocks += len(arrived)
+            self.stats.read.done(len(arrived), len(host) - len(arrived), self._now - transfer.started)
             if self._estimate is not None and transfer.seconds:
                 self._estimate.read(len(host), transfer.seconds, self._now)
             self._drop_host(host[failed])
+            fate = Fate.DAMAGED if reason == Failure.CORRUPT else Fate.LOST
             if reason >= Failure.ERROR:  # it can't be read, or is damaged: it never will be better
                 bad = disk[failed & (self.pool.states(disk) == _REGISTERED)]
-                self.pool.withdraw(bad)
+                self.pool.withdraw(bad, fate)
                 self._forget.append(bad)
         else:
             self._queued_writes -= len(host)
             written = disk[~failed & (self.pool.states(disk) == _COMPLETE)]
             self.pool.register(written)
             self.stats.written_blocks += len(written)
+            self.stats.write.done(len(written), len(host) - len(written), self._now - transfer.started)
+            withdrawn = disk[~failed & (self.pool.states(disk) != _REGISTERED)]
+            if len(withdrawn):  # cleared while they were written
+                self._forget.append(withdrawn)
             self._withdraw(disk[failed])
             if reason == Failure.CORRUPT:  # the host's bytes are not those that were offloaded
                 bad = host[failed]
-                self._drop(bad[self._host.states(bad) >= _COMPLETE])
+                self._drop(bad[self._host.states(bad) >= _COMPLETE], Fate.DAMAGED)
         self.pool.release(disk)
         self._host.release(host)
 
@@ -391,10 +440,18 @@ class DiskTier:
 
     def _drop_host(self, slots: Slots) -> None:
         """Host blocks that were to be filled."""
-        self._drop(slots[self._host.states(slots) == _COMPLETE])
+        self._drop(slots[self._host.states(slots) == _COMPLETE], Fate.LOST)
 
     def _withdraw(self, disk_slots: Slots) -> None:
         self.pool.withdraw(disk_slots[self.pool.states(disk_slots) == _COMPLETE])
+
+    def clear_tag(self, tag: int) -> int:
+        """Forget the blocks with this tag, and those of unknown origin; returns how many."""
+        slots = self.pool.tagged(np.uint32(tag), UNKNOWN_TAG)
+        kept = slots[self.pool.states(slots) == _REGISTERED]
+        self.pool.withdraw(slots, Fate.CLEARED)
+        self._forget.append(kept)  # those being written, when that is over
+        return len(slots)
 
     def clear(self) -> None:
         """Forget all blocks. The ranks have to be told as well."""
@@ -407,51 +464,3 @@ class DiskTier:
             transfer = self._in_flight.pop(order.id)
             transfer.fail(slice(None), Failure.CANCELLED)
             self._settle(transfer)
-
-
-class _Restore:
-    """Records that the ranks found at start, until it is known which of them all ranks have."""
-
-    def __init__(self, capacity: int, ranks: int) -> None:
-        self._ranks = ranks
-        self._reported: set[int] = set()
-        self._hashes = np.zeros((capacity, 2), np.uint64)
-        self._votes = np.zeros(capacity, np.int32)
-        self._order: list[NDArray[np.int64]] = []  # of rank 0
-        self._agreed: Slots | None = None
-        self._taken = 0
-
-    def add(self, rank: int, slots: BlockIds, hashes: Hashes, last: bool) -> None:
-        inside = (slots >= 0) & (slots < len(self._votes))
-        own, hashes = slots[inside].astype(np.int64), hashes[inside]
-        first = self._votes[own] == 0
-        self._hashes[own[first]] = hashes[first]
-        same = (self._hashes[own] == hashes).all(axis=1)
-        self._votes[own[same]] += 1
-        self._votes[own[~same]] = -(1 << 30)
-        if rank == 0:
-            self._order.append(own)
-        if last:
-            self._reported.add(rank)
-
-    @property
-    def complete(self) -> bool:
-        return len(self._reported) == self._ranks
-
-    def forget(self) -> None:
-        """What was found, or will be, is not wanted."""
-        self._agreed, self._taken = _NO_SLOTS, 0
-
-    @property
-    def newest(self) -> Slots:
-        """The most recent of what all ranks have, at most _WARM_UP_BLOCKS, oldest first."""
-        return self._agreed[-_WARM_UP_BLOCKS:] if self._agreed is not None else _NO_SLOTS
-
-    def take(self, count: int) -> tuple[Slots, Hashes]:
-        """The next of what all ranks have, oldest first."""
-        if self._agreed is None:
-            order = np.concatenate(self._order) if self._order else _NO_SLOTS
-            self._agreed = order[self._votes[order] == self._ranks]
-        slots = self._agreed[self._taken : self._taken + count]
-        self._taken += len(slots)
-        return slots, self._hashes[slots]

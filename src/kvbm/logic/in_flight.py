@@ -16,6 +16,7 @@ class InFlight:
     operation: Operation
     slots: Slots
     waiting_for: set[int]  # ranks
+    started: float
     deadline: float
     failed: NDArray[np.bool_]
     reason: Failure = Failure.NONE

@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvbm.logic.arrays import GrowingArray
-from kvbm.logic.hashing import SequenceHasher
+from kvbm.logic.edges import Edge
+from kvbm.logic.hashing import Hashes, SequenceHasher
+from kvbm.logic.history import Fate
 from kvbm.logic.in_flight import InFlight
 from kvbm.logic.index import Slots
 from kvbm.logic.operations import BlockIds, Completion, Direction, Failure, Operation
-from kvbm.logic.pool import BlockPool, BlockState
+from kvbm.logic.pool import UNKNOWN_TAG, BlockPool, BlockState
 
 # A request whose offloads fail this often is left alone: something is wrong with it, not with a block.
 MAX_FAILURES = 3
@@ -41,15 +43,28 @@ class Stats:
     shared_blocks: int = 0  # full blocks that needed no copy because the host had them
     deferred_blocks: int = 0  # found no room, or the queue full; counted each time they were wanted
     failures: Counter[tuple[Direction, Failure]] = field(default_factory=Counter)  # in blocks
+    offload: Edge = field(default_factory=Edge)
+    onboard: Edge = field(default_factory=Edge)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A load that is over."""
+
+    operation_id: int
+    request_id: str
+    arrived: int  # blocks
+    failed: int
 
 
 @dataclass(slots=True)
 class Outcome:
-    """Device blocks whose reuse depends on what was just planned or reported."""
+    """What follows from what was just planned or reported: device blocks to hold and release."""
 
     hold: list[BlockIds] = field(default_factory=list)  # must not be reused until released
     release: list[BlockIds] = field(default_factory=list)  # offloads no longer read them
     release_loaded: list[BlockIds] = field(default_factory=list)  # loads that had hung no longer write them
+    loaded: Loaded | None = None
 
 
 @dataclass(slots=True)
@@ -63,6 +78,7 @@ class _Request:
     load_failed: bool = False
     finished: bool = False
     match: tuple[tuple[int, int, int], int] = ((-1, 0, 0), 0)  # what was asked, and the answer
+    tag: int = 0  # of its blocks
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,6 +100,7 @@ class Planner:
 
     ranks: how many workers execute every operation. max_queued_blocks bounds the offloads in flight. ids: for
     operations, where others number theirs too. seen: told of registered blocks, new or used again.
+    missed: told of blocks that were not stored, and why.
     """
 
     def __init__(
@@ -96,6 +113,7 @@ class Planner:
         timeout_s: float,
         ids: Iterator[int] | None = None,
         seen: Callable[[Slots], None] | None = None,
+        missed: Callable[[Hashes, Fate], None] | None = None,
     ) -> None:
         self.pool = pool
         self.stats = Stats()
@@ -105,15 +123,19 @@ class Planner:
         self._timeout_s = timeout_s
         self._ids = ids or itertools.count()
         self._seen = seen or (lambda slots: None)
+        self._missed = missed or (lambda hashes, fate: None)
         self._requests: dict[str, _Request] = {}
         self._in_flight: dict[int, _InFlight] = {}  # oldest first
         self._queued_blocks = 0
 
     # ---- requests ----
 
-    def add_request(self, request_id: str, hasher: SequenceHasher) -> None:
-        """Follow a request. The caller extends `hasher` as the request's tokens become known."""
-        self._requests[request_id] = _Request(hasher)
+    def add_request(self, request_id: str, hasher: SequenceHasher, tag: int = 0) -> None:
+        """Follow a request. The caller extends `hasher` as the request's tokens become known.
+
+        tag: what `clear_tag` names its blocks by.
+        """
+        self._requests[request_id] = _Request(hasher, tag=tag)
 
     def hasher(self, request_id: str) -> SequenceHasher | None:
         request = self._requests.get(request_id)
@@ -161,6 +183,7 @@ class Planner:
         found = self.pool.match(request.hasher.hashes[first : first + count])
         slots[: len(found)] = found
         self.pool.pin(found)
+        self.pool.tag(found, np.uint32(request.tag))
         self._seen(found)
         self.stats.matched_blocks += count
         blocks = request.table.rows[first : first + count].copy()
@@ -202,8 +225,10 @@ class Planner:
                 rest = own[cut:]
                 self.pool.release(rest[rest >= 0])
                 self.stats.deferred_blocks += len(rest)
+                self._missed(request.hasher.hashes[start + cut : end], Fate.NO_ROOM)
                 own, new = own[:cut], new[:cut]
             request.chain.append(own)
+            self.pool.tag(own, np.uint32(request.tag))
             blocks = request.table.rows[start : start + len(own)][new]
             self.stats.shared_blocks += len(own) - len(blocks)
             if len(blocks):
@@ -296,7 +321,7 @@ class Planner:
                 abandoned.append(id_)
         return abandoned, outcome
 
-    def complete(self, rank: int, completion: Completion) -> Outcome:
+    def complete(self, rank: int, completion: Completion, now: float = 0.0) -> Outcome:
         """A rank's report on an operation. Reports on unknown operations are ignored."""
         outcome = Outcome()
         in_flight = self._in_flight.get(completion.operation_id)
@@ -309,7 +334,7 @@ class Planner:
                 outcome.hold += in_flight.held
             return outcome
         if in_flight.is_over:
-            self._settle(in_flight)
+            outcome.loaded = self._settle(in_flight, now)
             (outcome.release if in_flight.is_offload else outcome.release_loaded).extend(in_flight.held)
         return outcome
 
@@ -327,6 +352,18 @@ class Planner:
         self.drop(self.pool.clear())
         for request in self._requests.values():
             request.failures = MAX_FAILURES
+
+    def clear_tag(self, tag: int) -> int:
+        """Forget the blocks with this tag, and those of unknown origin; returns how many.
+
+        Running requests with it are not cached from here on.
+        """
+        slots = self.pool.tagged(np.uint32(tag), UNKNOWN_TAG)
+        self.drop(slots, fate=Fate.CLEARED)
+        for request in self._requests.values():
+            if request.tag == tag:
+                request.failures = MAX_FAILURES
+        return len(slots)
 
     def load_target(self, operation_id: int) -> BlockIds | None:
         """Device blocks that a load under way may still write to; None if it is not one."""
@@ -365,6 +402,7 @@ class Planner:
             slots=slots,
             members=members,
             waiting_for=set(range(self._ranks)),
+            started=now,
             deadline=now + 2 * self._timeout_s,
             failed=np.zeros(len(slots), bool),
         )
@@ -379,8 +417,9 @@ class Planner:
         in_flight.expired = True
         self.drop(in_flight.failed_slots)
 
-    def _settle(self, in_flight: _InFlight) -> None:
+    def _settle(self, in_flight: _InFlight, now: float) -> Loaded | None:
         operation, slots = in_flight.operation, in_flight.slots
+        loaded = None
         del self._in_flight[operation.id]
         for request, _ in in_flight.members:
             request.operations.discard(operation.id)
@@ -393,10 +432,13 @@ class Planner:
             self.pool.register(written)
             self._seen(written)
             self.stats.offloaded_blocks += len(written)
+            self.stats.offload.done(len(written), failed, now - in_flight.started)
             if failed:
                 self.drop(in_flight.failed_slots, count_failure=in_flight.reason > Failure.CANCELLED)
         else:
             self.stats.onboarded_blocks += len(slots) - failed
+            self.stats.onboard.done(len(slots) - failed, failed, now - in_flight.started)
+            loaded = Loaded(operation.id, operation.request_id, len(slots) - failed, failed)
             if failed:
                 # A request gets one chance: offering it what is left could go on for ever.
                 request = in_flight.members[0][0]
@@ -407,18 +449,22 @@ class Planner:
                     request.failures = MAX_FAILURES
                     first = np.flatnonzero(np.isin(request.chain.rows, lost))
                     lost = np.union1d(lost, request.chain.rows[first[0] :] if len(first) else lost)
-                self.drop(lost)
+                self.drop(lost, fate=Fate.DAMAGED if in_flight.reason == Failure.CORRUPT else Fate.LOST)
             slots = slots[slots >= 0]
         self.pool.release(slots)
         for request, _ in in_flight.members:
             self._let_go(request)
+        return loaded
 
-    def drop(self, slots: Slots, count_failure: bool = False) -> None:
+    def drop(self, slots: Slots, count_failure: bool = False, fate: Fate = Fate.LOST) -> None:
         """Withdraw those blocks that still have a name, and cut every chain there."""
         if not len(slots):
             return
-        named = slots[self.pool.states(slots) >= _COMPLETE]
-        self.pool.withdraw(named)
+        states = self.pool.states(slots)
+        unwritten = slots[states == _COMPLETE]
+        if len(unwritten):  # nobody could match them, so the pool tells nobody
+            self._missed(self.pool.hashes(unwritten), fate)
+        self.pool.withdraw(slots[states >= _COMPLETE], fate)
         for request in self._requests.values():
             lost = np.flatnonzero(np.isin(request.chain.rows, slots))
             if len(lost):

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm.logic.hashing import Hashes
+from kvbm.logic.history import Fate
 from kvbm.logic.index import HashIndex, Slots
 from kvbm.logic.policies import EvictionPolicy
 
@@ -44,15 +45,23 @@ class EventKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class BlockEvent:
-    """Blocks that became matchable in a tier, or ceased to be. hashes: shape (n, 2), uint64."""
+    """Blocks that became matchable in a tier, or ceased to be. hashes: shape (n, 2), uint64.
+
+    fate: why they were removed. wanted: how many blocks the tier had to make room for.
+    """
 
     kind: EventKind
     tier: str
     group: int
     hashes: Hashes
+    fate: Fate | None = None
+    wanted: int = 0
 
 
 Subscriber = Callable[[BlockEvent], None]
+Tags = NDArray[np.uint32]
+
+UNKNOWN_TAG = np.uint32(0xFFFFFFFF)  # of blocks from an earlier run
 
 
 class BlockPool:
@@ -72,6 +81,7 @@ class BlockPool:
         self._states = np.zeros(capacity, np.uint8)
         self._pins = np.zeros(capacity, np.int32)
         self._groups = np.zeros(capacity, np.uint8)
+        self._tags = np.zeros(capacity, np.uint32)
         self._free = np.zeros(capacity, np.int32)  # stack of free slots
         self._num_free = 0
         self._subscribers: list[Subscriber] = []
@@ -84,6 +94,15 @@ class BlockPool:
         new = np.arange(self.usable - 1, before - 1, -1)
         self._put_back(new[(self._states[new] == _RESET) & (self._pins[new] == 0)])
 
+    def shrink(self, usable: int) -> None:
+        """Use only slots below `usable` from now on. Those above are given up, once they are released."""
+        self.usable = min(self.usable, usable)
+        self.withdraw(np.flatnonzero(self._states[usable:] >= _COMPLETE) + usable, Fate.EVICTED)
+        free = self._free[: self._num_free]
+        kept = free[free < usable]
+        self._free[: len(kept)] = kept
+        self._num_free = len(kept)
+
     def adopt(self, slots: Slots, hashes: Hashes) -> None:
         """Registered blocks from an earlier run, distinct, those to be evicted first come first.
 
@@ -91,6 +110,7 @@ class BlockPool:
         """
         self._index.insert(hashes, slots)
         self._states[slots] = _REGISTERED
+        self._tags[slots] = UNKNOWN_TAG
         self.num_registered += len(slots)
         self._policy.insert(slots)
         self._changed(EventKind.STORED, slots)
@@ -119,6 +139,17 @@ class BlockPool:
 
     def pins(self, slots: Slots) -> NDArray[np.int32]:
         return self._pins[slots]
+
+    def tag(self, slots: Slots, tags: Tags | np.uint32) -> None:
+        """Note whose blocks these are: a number for the caller's use."""
+        self._tags[slots] = tags
+
+    def tags(self, slots: Slots) -> Tags:
+        return self._tags[slots]
+
+    def tagged(self, *tags: np.uint32) -> Slots:
+        """Complete and registered blocks with one of these tags."""
+        return np.flatnonzero((self._states >= _COMPLETE) & np.isin(self._tags, tags))
 
     @property
     def num_free(self) -> int:
@@ -189,7 +220,7 @@ class BlockPool:
         self.num_registered += len(slots)
         self._changed(EventKind.STORED, slots)
 
-    def withdraw(self, slots: Slots) -> None:
+    def withdraw(self, slots: Slots, fate: Fate = Fate.LOST) -> None:
         """Drop the contents of Complete or Registered blocks at once, pinned or not: nobody may use them."""
         registered = slots[self._states[slots] == _REGISTERED]
         self._index.remove(slots)
@@ -197,13 +228,13 @@ class BlockPool:
         self._policy.forget(slots)
         if len(registered):
             self.num_registered -= len(registered)
-            self._changed(EventKind.REMOVED, registered)
+            self._changed(EventKind.REMOVED, registered, fate)
         self._put_back(slots[self._pins[slots] == 0])
 
     def clear(self) -> Slots:
         """Withdraw every block that is complete or registered; returns their slots."""
         slots = np.flatnonzero(self._states >= _COMPLETE)
-        self.withdraw(slots)
+        self.withdraw(slots, Fate.CLEARED)
         return slots
 
     # ---- use ----
@@ -256,7 +287,7 @@ class BlockPool:
         self._index.remove(victims)
         self.evictions += len(victims)
         self.num_registered -= len(victims)
-        self._changed(EventKind.REMOVED, victims)
+        self._changed(EventKind.REMOVED, victims, Fate.EVICTED, count)
         self._put_back(victims)
 
     def _put_back(self, slots: Slots) -> None:
@@ -266,12 +297,13 @@ class BlockPool:
         self._free[self._num_free : self._num_free + len(slots)] = slots
         self._num_free += len(slots)
 
-    def _changed(self, kind: EventKind, slots: Slots) -> None:
+    def _changed(self, kind: EventKind, slots: Slots, fate: Fate | None = None, wanted: int = 0) -> None:
         self.version += 1
         if not self._subscribers:
             return
         for group, members in self._by_group(slots):
-            event = BlockEvent(kind, self.tier, group, self._index.hashes(slots[members], group))
+            hashes = self._index.hashes(slots[members], group)
+            event = BlockEvent(kind, self.tier, group, hashes, fate, wanted)
             for subscriber in tuple(self._subscribers):
                 subscriber(event)
 

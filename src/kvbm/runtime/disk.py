@@ -10,6 +10,7 @@ from kvbm.errors import ConfigError
 from kvbm.logic.admission import FrequencyFilter, WriteBudget
 from kvbm.logic.disk import DiskLimits, DiskTier
 from kvbm.logic.estimate import LoadEstimate
+from kvbm.logic.history import Fate
 from kvbm.logic.index import Slots
 from kvbm.logic.policies import load_policy
 from kvbm.logic.pool import BlockPool
@@ -57,7 +58,7 @@ def make_disk_tier(
     record_bytes: int,
     ranks: int,
     ids: Iterator[int],
-    drop: Callable[[Slots], None],
+    drop: Callable[[Slots, Fate], None],
     estimate: LoadEstimate | None,
 ) -> DiskTier:
     """The leader's half. record_bytes: see `disk_record_bytes`."""

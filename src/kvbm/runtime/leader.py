@@ -113,7 +113,7 @@ class Leader:
                 record_bytes=disk_record_bytes,
                 ranks=ranks,
                 ids=ids,
-                drop=self._planner.drop,
+                drop=lambda slots, fate: self._planner.drop(slots, fate=fate),
                 estimate=self._estimate,
             )
 
