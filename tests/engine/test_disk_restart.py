@@ -61,7 +61,8 @@ def test_restarts(
     other = [Ask(prompt, 12) for prompt in prompts.batch(710, [300, 290, 310, 280])]
     want_other = expect_keen(other)
     slow = SlowIo(tmp_path)
-    env = settings(folder, more=slow.env)
+    # Twice what lies on disk: the warm-up takes half of the host tier, and with it the right to fetch.
+    env = settings(folder, host=128, more=slow.env)
 
     with Engine(model_of_this, kvbm={}, env=env, **SMALL) as engine:
         first = engine.call(disk.run, asks)  # the very first call: the requests wait for what is found
