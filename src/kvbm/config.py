@@ -75,6 +75,9 @@ def iter_settings() -> Iterator[Setting]:
 
 _SETTINGS = {setting.key: setting for setting in iter_settings()}
 _KEY_OF_ENV = {setting.env: setting.key for setting in _SETTINGS.values()}
+SECRETS = {"observe.admin_token"}
+"""Keys whose values are never shown."""
+
 _FILE_KEY = "config_file"
 _FILE_ENV = "KVBM_CONFIG"
 
@@ -164,7 +167,8 @@ def load_config(
             try:
                 values[key] = _convert(key, value)
             except (msgspec.ValidationError, ValueError):  # the first is no ValueError in older msgspec
-                problems.append(f"{key} = {value!r} ({source}): must be {_SETTINGS[key].type}")
+                shown = "***" if key in SECRETS else repr(value)
+                problems.append(f"{key} = {shown} ({source}): must be {_SETTINGS[key].type}")
     if problems:
         raise ConfigError("wrong KVBM configuration:" + "".join(f"\n- {problem}" for problem in problems))
 

@@ -29,12 +29,20 @@ class UsageError(KvbmError):
     """The library was called in a way that its contract forbids."""
 
 
+class StateError(UsageError):
+    """It was called rightly, but what is wanted can't be had in the present state."""
+
+
 class StorageError(KvbmError):
     """A storage tier can't be used, or one of its transfers failed."""
 
 
 class DamagedRecordError(StorageError):
     """A stored record is not what was written."""
+
+
+class TraceError(KvbmError):
+    """A trace of requests can't be read, or none can be written where it was wanted."""
 
 
 class LostLoadError(KvbmError):

@@ -154,6 +154,9 @@ class Tier:
             assert set(states.tolist()) <= {BlockState.RESET, BlockState.REGISTERED}
             assert len(set(pool._free[: pool.num_free].tolist())) == pool.num_free
         tier = self.tier
+        operations, forget = tier.take_orders()
+        self.forgotten += forget
+        assert not operations
         assert not tier.has_work
         assert not tier._in_flight
         assert not tier._fetches

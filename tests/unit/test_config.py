@@ -504,6 +504,11 @@ class TestNotices:
     def test_no_variable_is_both_a_setting_and_ignored(self) -> None:
         assert not set(IGNORED_ENV) & set(ENV_NAMES.values())
 
+    def test_a_secret_is_not_shown(self) -> None:
+        (problem,) = problems_of({"observe": {"admin_token": 271828}})
+        assert "observe.admin_token = ***" in problem
+        assert "271828" not in problem
+
     def test_a_block_count_wins_over_a_size(self) -> None:
         config = load(None, {"DYN_KVBM_CPU_CACHE_GB": "4"}, host__num_blocks=10)
         assert (config.host.num_blocks, config.host.cache_gb) == (10, 4)

@@ -522,7 +522,7 @@ def tier(**settings: Any) -> Any:
         record_bytes=1_000_000,
         ranks=1,
         ids=iter(range(10)),
-        drop=lambda slots: None,
+        drop=lambda slots, fate: None,
         estimate=LoadEstimate(4),
     )
 

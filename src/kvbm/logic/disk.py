@@ -121,6 +121,7 @@ class DiskTier:
         self._budget = budget
         self._estimate = estimate
         self._now = 0.0
+        self._limit = pool.capacity  # slots to be used
         self._orders: list[Operation] = []
         self._forget: list[Slots] = []
         self._in_flight: dict[int, _Transfer] = {}
@@ -154,9 +155,15 @@ class DiskTier:
     def has_work(self) -> bool:
         return (
             bool(self._orders)
+            or bool(self._forget)
             or self.restoring
             or any(not transfer.expired for transfer in self._in_flight.values())
         )
+
+    @property
+    def queued(self) -> tuple[int, int]:
+        """Blocks that are being written, and read."""
+        return self._queued_writes, self._queued_reads
 
     def take_orders(self) -> tuple[list[Operation], list[int]]:
         """Operations, and disk slots whose records must not be found again."""
@@ -203,7 +210,9 @@ class DiskTier:
             return
         newest = self._restore.newest
         self._restore = Restore(0, self._ranks)
-        self.pool.grow(self.pool.capacity)
+        self.pool.grow(self._limit)
+        self.resize(self._limit)
+        newest = newest[self.pool.states(newest) == _REGISTERED]
         room = min(len(newest), self._host.num_free // 2, self._limits.max_fetched_blocks)
         if room:
             disk = newest[::-1][:room]  # heads first, as all sequences are given
@@ -417,10 +426,9 @@ class DiskTier:
             self.pool.register(written)
             self.stats.written_blocks += len(written)
             self.stats.write.done(len(written), len(host) - len(written), self._now - transfer.started)
-            withdrawn = disk[~failed & (self.pool.states(disk) != _REGISTERED)]
-            if len(withdrawn):  # cleared while they were written
-                self._forget.append(withdrawn)
             self._withdraw(disk[failed])
+            # Failed, or cleared while they were written: some ranks may have them.
+            self._no_more(disk[self.pool.states(disk) != _REGISTERED])
             if reason == Failure.CORRUPT:  # the host's bytes are not those that were offloaded
                 bad = host[failed]
                 self._drop(bad[self._host.states(bad) >= _COMPLETE], Fate.DAMAGED)
@@ -443,15 +451,31 @@ class DiskTier:
         self._drop(slots[self._host.states(slots) == _COMPLETE], Fate.LOST)
 
     def _withdraw(self, disk_slots: Slots) -> None:
-        self.pool.withdraw(disk_slots[self.pool.states(disk_slots) == _COMPLETE])
+        """Disk blocks that were to be filled."""
+        lost = disk_slots[self.pool.states(disk_slots) == _COMPLETE]
+        if len(lost):  # nobody could match them, so the pool tells nobody
+            self._missed(self.pool.hashes(lost), Fate.LOST)
+            self.pool.withdraw(lost)
+
+    def resize(self, blocks: int) -> None:
+        """Use the first `blocks` slots, now or when what an earlier run left is known."""
+        self._limit = blocks
+        if self.pool.usable:
+            self._no_more(self.pool.beyond(blocks))
+            self.pool.shrink(blocks)
+            self.pool.grow(blocks)
 
     def clear_tag(self, tag: int) -> int:
         """Forget the blocks with this tag, and those of unknown origin; returns how many."""
         slots = self.pool.tagged(np.uint32(tag), UNKNOWN_TAG)
-        kept = slots[self.pool.states(slots) == _REGISTERED]
+        self._no_more(slots)
         self.pool.withdraw(slots, Fate.CLEARED)
-        self._forget.append(kept)  # those being written, when that is over
         return len(slots)
+
+    def _no_more(self, slots: Slots) -> None:
+        """Their records must not be found again. Those being written are forgotten when that is over, too."""
+        if len(slots):
+            self._forget.append(slots)
 
     def clear(self) -> None:
         """Forget all blocks. The ranks have to be told as well."""

@@ -60,6 +60,11 @@ class LoadEstimate:
         if tokens >= self.MIN_TOKENS:
             self._computing.sample(tokens, seconds)
 
+    @property
+    def tokens_per_s(self) -> float | None:
+        """How fast the model computes prompts; None while that was not measured."""
+        return self._computing.value
+
     def patience_s(self, blocks: int) -> float:
         """How long to wait for so many blocks before the tier counts as stuck; infinite while unmeasured."""
         reading = self._reading.value

@@ -54,6 +54,13 @@ def _optional(text: str | None) -> bytes:
     return b"\0" if text is None else b"\1" + text.encode("utf-8", "surrogatepass")
 
 
+def salt_tag(salt: str | None) -> int:
+    """A number of 32 bits by which the blocks of a salt can be found; 0 without."""
+    if salt is None:
+        return 0
+    return int.from_bytes(blake2b(_optional(salt), digest_size=4).digest(), "little") % 0xFFFFFFFE + 1
+
+
 class SequenceHasher:
     """The hash chain of one sequence, extended as the sequence grows. Not thread-safe."""
 

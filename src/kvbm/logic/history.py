@@ -50,11 +50,11 @@ class BlockHistory:
         first = min(len(words), capacity - start)
         for begin, part in ((start, words[:first]), (0, words[first:])):
             place = slice(begin, begin + len(part))
-            self._words[place] = part
             self._at[place] = at
             self._wanted[place] = wanted
             self._tier[place] = self._tiers.index(tier)
             self._fate[place] = fate
+            self._words[place] = part  # last: another thread may be in `find`
 
     def find(self, word: int) -> list[Entry]:
         """All that is remembered of a block, the newest first."""

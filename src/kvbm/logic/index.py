@@ -96,7 +96,8 @@ class HashIndex:
 
     def hashes(self, slots: Slots, group: int = 0) -> Hashes:
         """Hashes of slots that have a key in `group`."""
-        keys = np.stack([self._low.take(slots), self._high.take(slots)], axis=1)
+        keys = np.empty((len(slots), 2), np.uint64)
+        keys[:, 0], keys[:, 1] = self._low.take(slots), self._high.take(slots)
         return np.stack(_key_words(keys, group), axis=1) if group else keys
 
     def _buckets(self, low: NDArray[np.uint64]) -> NDArray[np.int64]:

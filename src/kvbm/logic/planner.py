@@ -49,12 +49,14 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A load that is over."""
+    """A load that is over. The engine computes from the first block that failed on."""
 
     operation_id: int
     request_id: str
     arrived: int  # blocks
     failed: int
+    usable: int  # that arrived before the first that failed
+    reason: Failure
 
 
 @dataclass(slots=True)
@@ -79,6 +81,7 @@ class _Request:
     finished: bool = False
     match: tuple[tuple[int, int, int], int] = ((-1, 0, 0), 0)  # what was asked, and the answer
     tag: int = 0  # of its blocks
+    told: int = 0  # of its first so many blocks it is known that some found no room
 
 
 @dataclass(slots=True, kw_only=True)
@@ -225,7 +228,9 @@ class Planner:
                 rest = own[cut:]
                 self.pool.release(rest[rest >= 0])
                 self.stats.deferred_blocks += len(rest)
-                self._missed(request.hasher.hashes[start + cut : end], Fate.NO_ROOM)
+                # Once a block: it is wanted again in every step.
+                self._missed(request.hasher.hashes[max(start + cut, request.told) : end], Fate.NO_ROOM)
+                request.told = max(request.told, end)
                 own, new = own[:cut], new[:cut]
             request.chain.append(own)
             self.pool.tag(own, np.uint32(request.tag))
@@ -359,7 +364,7 @@ class Planner:
         Running requests with it are not cached from here on.
         """
         slots = self.pool.tagged(np.uint32(tag), UNKNOWN_TAG)
-        self.drop(slots, fate=Fate.CLEARED)
+        self.drop(slots, Fate.CLEARED)
         for request in self._requests.values():
             if request.tag == tag:
                 request.failures = MAX_FAILURES
@@ -369,6 +374,12 @@ class Planner:
         """Device blocks that a load under way may still write to; None if it is not one."""
         in_flight = self._in_flight.get(operation_id)
         return in_flight.operation.device_blocks if in_flight and not in_flight.is_offload else None
+
+    @property
+    def queued(self) -> tuple[int, int]:
+        """Blocks that are being offloaded, and onboarded."""
+        loads = sum(len(op.slots) for op in self._in_flight.values() if not op.is_offload)
+        return self._queued_blocks, loads
 
     @property
     def has_work(self) -> bool:
@@ -438,7 +449,14 @@ class Planner:
         else:
             self.stats.onboarded_blocks += len(slots) - failed
             self.stats.onboard.done(len(slots) - failed, failed, now - in_flight.started)
-            loaded = Loaded(operation.id, operation.request_id, len(slots) - failed, failed)
+            loaded = Loaded(
+                operation.id,
+                operation.request_id,
+                len(slots) - failed,
+                failed,
+                int(np.argmax(in_flight.failed)) if failed else len(slots),
+                in_flight.reason,
+            )
             if failed:
                 # A request gets one chance: offering it what is left could go on for ever.
                 request = in_flight.members[0][0]
@@ -449,14 +467,14 @@ class Planner:
                     request.failures = MAX_FAILURES
                     first = np.flatnonzero(np.isin(request.chain.rows, lost))
                     lost = np.union1d(lost, request.chain.rows[first[0] :] if len(first) else lost)
-                self.drop(lost, fate=Fate.DAMAGED if in_flight.reason == Failure.CORRUPT else Fate.LOST)
+                self.drop(lost, Fate.DAMAGED if in_flight.reason == Failure.CORRUPT else Fate.LOST)
             slots = slots[slots >= 0]
         self.pool.release(slots)
         for request, _ in in_flight.members:
             self._let_go(request)
         return loaded
 
-    def drop(self, slots: Slots, count_failure: bool = False, fate: Fate = Fate.LOST) -> None:
+    def drop(self, slots: Slots, fate: Fate = Fate.LOST, *, count_failure: bool = False) -> None:
         """Withdraw those blocks that still have a name, and cut every chain there."""
         if not len(slots):
             return

@@ -14,7 +14,7 @@ pin is gone.
 State is held in arrays; every call takes and returns arrays of slots. Not thread-safe.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -84,7 +84,7 @@ class BlockPool:
         self._tags = np.zeros(capacity, np.uint32)
         self._free = np.zeros(capacity, np.int32)  # stack of free slots
         self._num_free = 0
-        self._subscribers: list[Subscriber] = []
+        self._subscribers: dict[EventKind, list[Subscriber]] = {kind: [] for kind in EventKind}
         self.grow(capacity if usable is None else usable)
 
     def grow(self, usable: int) -> None:
@@ -97,11 +97,15 @@ class BlockPool:
     def shrink(self, usable: int) -> None:
         """Use only slots below `usable` from now on. Those above are given up, once they are released."""
         self.usable = min(self.usable, usable)
-        self.withdraw(np.flatnonzero(self._states[usable:] >= _COMPLETE) + usable, Fate.EVICTED)
+        self.withdraw(self.beyond(usable), Fate.EVICTED)
         free = self._free[: self._num_free]
         kept = free[free < usable]
         self._free[: len(kept)] = kept
         self._num_free = len(kept)
+
+    def beyond(self, usable: int) -> Slots:
+        """Complete and registered blocks from slot `usable` on."""
+        return np.flatnonzero(self._states[usable:] >= _COMPLETE) + usable
 
     def adopt(self, slots: Slots, hashes: Hashes) -> None:
         """Registered blocks from an earlier run, distinct, those to be evicted first come first.
@@ -264,14 +268,23 @@ class BlockPool:
         if len(abandoned):
             self._index.remove(abandoned)
         self._put_back(idle[states != _REGISTERED])
+        if self.usable < self.capacity:
+            given_up = idle[(idle >= self.usable) & (states == _REGISTERED)]
+            if len(given_up):
+                self.withdraw(given_up, Fate.EVICTED)
 
-    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
+    def subscribe(
+        self, subscriber: Subscriber, kinds: Sequence[EventKind] = tuple(EventKind)
+    ) -> Callable[[], None]:
         """Call `subscriber` with each BlockEvent from now on; returns what ends the subscription."""
-        self._subscribers.append(subscriber)
+        lists = [self._subscribers[kind] for kind in kinds]
+        for subscribers in lists:
+            subscribers.append(subscriber)
 
         def unsubscribe() -> None:
-            if subscriber in self._subscribers:
-                self._subscribers.remove(subscriber)
+            for subscribers in lists:
+                if subscriber in subscribers:
+                    subscribers.remove(subscriber)
 
         return unsubscribe
 
@@ -299,23 +312,32 @@ class BlockPool:
 
     def _changed(self, kind: EventKind, slots: Slots, fate: Fate | None = None, wanted: int = 0) -> None:
         self.version += 1
-        if not self._subscribers:
+        subscribers = tuple(self._subscribers[kind])
+        if not subscribers:
             return
         for group, members in self._by_group(slots):
             hashes = self._index.hashes(slots[members], group)
             event = BlockEvent(kind, self.tier, group, hashes, fate, wanted)
-            for subscriber in tuple(self._subscribers):
+            for subscriber in subscribers:
                 subscriber(event)
 
     def _by_group(self, slots: Slots) -> Iterator[tuple[int, NDArray[np.bool_]]]:
         groups = self._groups[slots]
+        if not len(groups):
+            return
+        first = groups == groups[0]
+        if first.all():  # nearly always, and `unique` takes 20 µs
+            yield int(groups[0]), first
+            return
         for group in np.unique(groups):
             yield int(group), groups == group
 
 
-def subscribe_to_all(pools: Iterable[BlockPool], subscriber: Subscriber) -> Callable[[], None]:
+def subscribe_to_all(
+    pools: Iterable[BlockPool], subscriber: Subscriber, kinds: Sequence[EventKind] = tuple(EventKind)
+) -> Callable[[], None]:
     """`BlockPool.subscribe` for several tiers at once; returns what ends it for all."""
-    ends = [pool.subscribe(subscriber) for pool in pools]
+    ends = [pool.subscribe(subscriber, kinds) for pool in pools]
 
     def unsubscribe() -> None:
         for end in ends:

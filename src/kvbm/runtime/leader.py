@@ -9,6 +9,7 @@ import functools
 import itertools
 import logging
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -19,14 +20,18 @@ import numpy as np
 from kvbm.config import Config
 from kvbm.logic.disk import DiskTier
 from kvbm.logic.estimate import LoadEstimate
-from kvbm.logic.hashing import SequenceHasher, root_hash
+from kvbm.logic.hashing import Hashes, SequenceHasher, root_hash, salt_tag
+from kvbm.logic.history import Fate
 from kvbm.logic.index import Slots
 from kvbm.logic.operations import Direction, Operation
 from kvbm.logic.planner import Outcome, Planner, Stats
 from kvbm.logic.policies import load_policy
-from kvbm.logic.pool import BlockEvent, BlockPool, subscribe_to_all
+from kvbm.logic.pool import BlockEvent, BlockPool, EventKind, subscribe_to_all
+from kvbm.observe.requests import FirstMiss, Identity, Miss
 from kvbm.runtime.disk import make_disk_tier
 from kvbm.runtime.messages import StepOrders, WorkerReport
+from kvbm.runtime.observer import Observer, first_miss
+from kvbm.runtime.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +48,17 @@ def _off_on_error(
     ) -> Callable[Concatenate["Leader", ...], _T]:
         @functools.wraps(method)
         def guarded(self: "Leader", *args: Any, **kwargs: Any) -> _T:
-            if self.off_reason is not None:
-                return default()
-            try:
-                return method(self, *args, **kwargs)
-            except Exception:
-                logger.exception("KVBM: internal error in %s; caching is off from here on", method.__name__)
-                self.off_reason = f"internal error in {method.__name__}"
-                return default()
+            with self.lock:
+                if self.off_reason is not None:
+                    return default()
+                try:
+                    return method(self, *args, **kwargs)
+                except Exception:
+                    logger.exception(
+                        "KVBM: internal error in %s; caching is off from here on", method.__name__
+                    )
+                    self.off_reason = f"internal error in {method.__name__}"
+                    return default()
 
         return guarded
 
@@ -58,8 +66,10 @@ def _off_on_error(
 
 
 class Leader:
-    """Decides for one engine with `ranks` workers. All calls from one thread, the engine's scheduler.
+    """Decides for one engine with `ranks` workers. Calls come from one thread, the engine's scheduler.
 
+    lock: held for a call, and by other threads (metrics, administration) for as long as they look at the
+    leader's state or change it: never while anybody waits for anything.
     num_slots, disk_slots: blocks in the host and disk tiers. disk_record_bytes: what a block takes on disk,
     on all ranks together. namespace: 16 bytes, see `namespace_digest`.
     """
@@ -74,8 +84,10 @@ class Leader:
         ranks: int,
         disk_slots: int = 0,
         disk_record_bytes: int = 0,
+        observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.lock = threading.RLock()
         self.off_reason: str | None = None  # set: nothing is cached, and why
         self.not_cached: Counter[str] = Counter()  # requests by reason
         self._namespace = namespace
@@ -83,6 +95,7 @@ class Leader:
         self._num_slots = num_slots
         self._ranks = ranks
         self._clock = clock
+        self._observer = observer
         self._init_timeout_s = config.engine.init_timeout_s
         self._init_deadline: float | None = None  # counted from the first step
         self._timeout_s = config.transfer.timeout_s
@@ -100,6 +113,7 @@ class Leader:
             timeout_s=config.transfer.timeout_s,
             ids=ids,
             seen=self._seen if disk_slots else None,
+            missed=functools.partial(self._not_taken, "host"),
         )
         self._estimate = LoadEstimate(block_size)
         self._timed_steps: deque[tuple[float, int]] = deque(maxlen=64)  # under way: planned when, tokens
@@ -113,9 +127,13 @@ class Leader:
                 record_bytes=disk_record_bytes,
                 ranks=ranks,
                 ids=ids,
-                drop=lambda slots, fate: self._planner.drop(slots, fate=fate),
+                drop=self._planner.drop,
                 estimate=self._estimate,
+                missed=functools.partial(self._not_taken, "disk"),
             )
+        self.upkeep = Upkeep(self._planner, self._disk)
+        if observer is not None and observer.detailed:
+            self.subscribe(lambda event: observer.block_event(event, self._clock()), [EventKind.REMOVED])
 
     # ---- what users see ----
 
@@ -132,6 +150,11 @@ class Leader:
         return self._pool
 
     @property
+    def queued(self) -> tuple[int, int]:
+        """Blocks that are being offloaded, and onboarded."""
+        return self._planner.queued
+
+    @property
     def ready(self) -> bool:
         """All ranks have some of their memory; until then nothing is matched or offloaded."""
         return self.off_reason is None and self._pool.usable > 0
@@ -141,7 +164,9 @@ class Leader:
         """Whether all ranks can order a step's forward pass behind a load."""
         return self._loads_in_step and self.ready
 
-    def subscribe(self, subscriber: Callable[[BlockEvent], None]) -> Callable[[], None]:
+    def subscribe(
+        self, subscriber: Callable[[BlockEvent], None], kinds: Sequence[EventKind] = tuple(EventKind)
+    ) -> Callable[[], None]:
         """Call with every stored and removed event; an error in the subscriber ends its subscription."""
 
         def guarded(event: BlockEvent) -> None:
@@ -152,22 +177,62 @@ class Leader:
                 unsubscribe()
 
         below = [self._disk.pool] if self._disk is not None else []
-        unsubscribe = subscribe_to_all([self._pool, *below], guarded)
+        unsubscribe = subscribe_to_all([self._pool, *below], guarded, kinds)
         return unsubscribe
 
     # ---- requests ----
 
     @_off_on_error(lambda: None)
-    def start(self, request_id: str, *, salt: str | None = None, adapter: str | None = None) -> None:
-        """Follow a request whose content is identified by salt, adapter and what `tokens` is given."""
-        root = root_hash(self._namespace, self._block_size, salt=salt, adapter=adapter)
-        self._planner.add_request(request_id, SequenceHasher(root, self._block_size))
+    def start(
+        self,
+        request_id: str,
+        *,
+        salt: str | None = None,
+        adapter: str | None = None,
+        prompt_tokens: int = 0,
+        first_block: int = 0,
+    ) -> None:
+        """Follow a request whose content is identified by salt, adapter and what `tokens` is given.
 
-    def refuse(self, reason: str) -> None:
+        first_block: digest of its first block's tokens alone, for observers.
+        """
+        root = root_hash(self._namespace, self._block_size, salt=salt, adapter=adapter)
+        tag = salt_tag(salt)
+        self._planner.add_request(request_id, SequenceHasher(root, self._block_size), tag)
+        self._tell(Observer.arrived, request_id, prompt_tokens, Identity(tag, adapter, first_block))
+
+    def refuse(self, reason: str, request_id: str = "", prompt_tokens: int = 0) -> None:
         """Count a request that isn't cached; the log names each reason once."""
         if not self.not_cached[reason]:
             logger.warning("KVBM: a request is not cached: %s. Further ones are only counted.", reason)
-        self.not_cached[reason] += 1
+        with self.lock:
+            self.not_cached[reason] += 1
+        self._tell(Observer.refused, request_id, prompt_tokens, reason)
+
+    def answered(self, request_id: str, first: int, loaded: int, wanted: int, unread: str = "") -> None:
+        """For observers: the engine starts on the request, whose first `first` blocks lie on the device.
+
+        `loaded` of the `wanted` next ones will be loaded. Comes before `load` or `set_table`. unread: why the
+        cache is not even asked.
+        """
+        if self._observer is None:
+            return
+        miss = None
+        if unread:
+            miss = FirstMiss(first, reason=Miss.UNSUPPORTED, detail=unread)
+        elif loaded < wanted:
+            block = first + loaded
+            miss = self._first_miss(request_id, block)
+            miss = miss or FirstMiss(
+                block, reason=Miss.NOT_READY, detail=f"caching is off: {self.off_reason}"
+            )
+        self._tell(Observer.answered, request_id, first, wanted, miss, self._clock())
+
+    @_off_on_error(lambda: None)
+    def _first_miss(self, request_id: str, block: int) -> FirstMiss | None:
+        if not self.ready:
+            return FirstMiss(block, reason=Miss.NOT_READY, detail="the host tier's memory was not ready yet")
+        return first_miss(request_id, block, self._planner, self._disk)
 
     @_off_on_error(lambda: None)
     def hasher(self, request_id: str) -> SequenceHasher | None:
@@ -199,16 +264,17 @@ class Leader:
         The engine waits for this load, so there is always an operation, if only one that fails.
         in_step: the next step's forward pass reads the blocks.
         """
-        self.set_table(request_id, device_blocks)
-        operation = self._load(request_id, first, count, in_step)
-        if operation is None:
-            blocks = np.asarray(device_blocks[first : first + count], np.int32)
-            nothing = np.full(len(blocks), -1, np.int32)
-            self._lost_loads += 1
-            operation = Operation(
-                -self._lost_loads, Direction.ONBOARD, request_id, blocks, nothing, self._timeout_s, in_step
-            )
-        self._orders.operations.append(operation)
+        with self.lock:
+            operation = self._load(request_id, first, count, device_blocks, in_step)
+            if operation is None:
+                blocks = np.asarray(device_blocks[first : first + count], np.int32)
+                nothing = np.full(len(blocks), -1, np.int32)
+                self._lost_loads += 1
+                id_ = -self._lost_loads
+                operation = Operation(
+                    id_, Direction.ONBOARD, request_id, blocks, nothing, self._timeout_s, in_step
+                )
+            self._orders.operations.append(operation)
 
     @_off_on_error(lambda: None)
     def set_table(self, request_id: str, device_blocks: Sequence[int]) -> None:
@@ -243,6 +309,10 @@ class Leader:
             self._disk.finish(request_id)
         return outcome
 
+    def ended(self, request_id: str, hasher: SequenceHasher | None = None, output_tokens: int = 0) -> None:
+        """For observers: the request is over, after `finish`, or without it where it was not followed."""
+        self._tell(Observer.finished, request_id, hasher.hashes if hasher else None, output_tokens)
+
     @_off_on_error(Outcome)
     def abandon(self) -> Outcome:
         """Release the device blocks of finished requests now, at the cost of the offloads that read them."""
@@ -254,19 +324,24 @@ class Leader:
 
     def take_orders(self, tokens: int = 0) -> StepOrders:
         """What the ranks have to do in this step, in which the model computes `tokens`. Once a step."""
-        orders, self._orders = self._orders, StepOrders()
-        orders.tokens = tokens
-        if self._disk is not None and tokens >= LoadEstimate.MIN_TOKENS:
-            orders.timed = True
-            self._timed_steps.append((self._clock(), tokens))
-        if self._disk is not None and self.off_reason is None:
-            operations, orders.forget = self._disk.take_orders()
-            orders.operations += operations
-        return orders
+        with self.lock:
+            orders, self._orders = self._orders, StepOrders()
+            orders.tokens = tokens
+            if tokens >= LoadEstimate.MIN_TOKENS and (self._disk is not None or self._observer is not None):
+                orders.timed = True
+                self._timed_steps.append((self._clock(), tokens))
+            if self._disk is not None and self.off_reason is None:
+                operations, orders.forget = self._disk.take_orders()
+                orders.operations += operations
+            return orders
 
     def receive(self, reports: Iterable[WorkerReport]) -> list[Outcome]:
         """Take in the ranks' reports on a step. Outcomes say which device blocks to hold and release."""
         reports = list(reports)
+        with self.lock:
+            return self._take_in(reports)
+
+    def _take_in(self, reports: list[WorkerReport]) -> list[Outcome]:
         self._time_step(any(report.timed for report in reports))
         if self.off_reason is None:
             return [outcome for report in reports for outcome in self._receive(report)]
@@ -298,11 +373,37 @@ class Leader:
         """Forget all blocks of the host tier; False if that could not be done."""
         return self._clear()
 
+    # ---- administration, from any thread ----
+
+    def hashes_of(self, tokens: Sequence[int], salt: str | None) -> Hashes:
+        """Sequence hashes of the whole blocks among `tokens`, as of a request without adapter."""
+        hasher = SequenceHasher(root_hash(self._namespace, self._block_size, salt=salt), self._block_size)
+        hasher.extend(tokens)
+        return hasher.hashes
+
+    @_off_on_error(lambda: None)
+    def administer(self, action: Callable[[Upkeep, float], _T]) -> _T | None:
+        """`action` with the time, between two calls of the engine; None if caching is off."""
+        result = action(self.upkeep, self._clock())
+        self._orders.forget_all |= self.upkeep.take_forget_all()
+        return result
+
     # ---- guarded insides ----
 
     @_off_on_error(lambda: None)
-    def _load(self, request_id: str, first: int, count: int, in_step: bool) -> Operation | None:
-        return self._planner.load(request_id, first, count, self._clock(), in_step=in_step)
+    def _load(
+        self, request_id: str, first: int, count: int, device_blocks: Sequence[int], in_step: bool
+    ) -> Operation | None:
+        self._planner.set_table(request_id, device_blocks)
+        operation = self._planner.load(request_id, first, count, self._clock(), in_step=in_step)
+        read = np.empty(0, np.int64)
+        if self._disk is not None:
+            read, _ = self._disk.fetched(request_id)
+            self._disk.release(request_id)
+        if operation is not None and self._observer is not None:
+            from_disk = np.isin(operation.host_slots, read)
+            self._tell(Observer.load_ordered, operation.id, request_id, first, from_disk)
+        return operation
 
     @_off_on_error(list)
     def _receive(self, report: WorkerReport) -> list[Outcome]:
@@ -321,12 +422,19 @@ class Leader:
                 self._grow(min(self._ready_slots.values()))
         if self._disk is not None:
             self._receive_of_disk(self._disk, report)
-        return [self._planner.complete(report.rank, completion) for completion in report.completions]
+        now = self._clock()
+        outcomes = [self._planner.complete(report.rank, completion, now) for completion in report.completions]
+        for outcome in outcomes:
+            if outcome.loaded is not None:
+                self._tell(Observer.loaded, outcome.loaded, self._estimate.tokens_per_s)
+        return outcomes
 
     def _receive_of_disk(self, disk: DiskTier, report: WorkerReport) -> None:
         if report.disk_refused is not None and disk.off_reason is None:
             logger.error("KVBM: the disk tier is off: %s", report.disk_refused)
             disk.turn_off(report.disk_refused)
+        if report.foreign_records and self._observer is not None:
+            self._observer.foreign_records = True
         if report.found is not None:
             disk.found(report.rank, *report.found, report.found_all)
         disk.wake(self._clock())
@@ -335,7 +443,7 @@ class Leader:
 
     def _grow(self, usable: int) -> None:
         before, total = self._pool.usable, self._num_slots
-        self._pool.grow(usable)
+        self.upkeep.host_has(usable)
         if self._pool.usable == total > before:
             logger.info("KVBM: host tier ready, %d blocks of %d tokens", total, self._block_size)
         elif not before:
@@ -345,6 +453,7 @@ class Leader:
     def _tick(self) -> None:
         now = self._clock()
         self._planner.expire(now)
+        self._tell(Observer.tick, now)
         if self._disk is not None:
             was_ready = self._disk.ready
             self._disk.tick(now)
@@ -354,6 +463,7 @@ class Leader:
                     self._disk.pool.capacity,
                     self._disk.stats.recovered_blocks,
                 )
+        self.upkeep.tick(now)
         if self.ready:
             return
         if self._init_deadline is None:
@@ -371,12 +481,24 @@ class Leader:
 
     @_off_on_error(lambda: False)
     def _clear(self) -> bool:
-        self._planner.clear()
-        if self._disk is not None:
-            self._disk.clear()
-            self._orders.forget_all = True
+        self.upkeep.clear(None, None)
+        self._orders.forget_all |= self.upkeep.take_forget_all()
         return True
 
     def _seen(self, slots: Slots) -> None:
         if self._disk is not None:
             self._disk.seen(slots)
+
+    def _not_taken(self, tier: str, hashes: Hashes, fate: Fate) -> None:
+        self._tell(Observer.not_taken, tier, hashes, fate, self._clock())
+
+    def _tell(self, event: Callable[Concatenate[Observer, ...], None], *args: Any) -> None:
+        """Nothing that observers do can touch the cache."""
+        with self.lock:
+            if self._observer is None:
+                return
+            try:
+                event(self._observer, *args)
+            except Exception:
+                logger.exception("KVBM: an internal error in observing requests, which ends here")
+                self._observer = None

@@ -32,4 +32,5 @@ class WorkerReport:
     # What an earlier run left on disk, piece by piece: slots (n,), hashes (n, 2).
     found: tuple[BlockIds, Hashes] | None = None
     found_all: bool = False  # that was the last piece
+    foreign_records: bool = False  # what was there is of another model or geometry
     disk_refused: str | None = None

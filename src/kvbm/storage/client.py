@@ -204,6 +204,7 @@ class StorageClient:
                         np.frombuffer(reply.slots, np.int32),
                         np.frombuffer(reply.hashes, np.uint64).reshape(-1, 2),
                         np.frombuffer(reply.groups, np.uint8),
+                        reply.foreign,
                     )
                 )
                 if reply.last:

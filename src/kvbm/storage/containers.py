@@ -128,6 +128,7 @@ class Containers:
         self.stride = stride_of(slot_bytes)
         self.num_slots = num_slots
         self.kept = True  # all files are those of an earlier run
+        self.foreign = False  # there were files, with records of another size
         self.direct = how.o_direct
         self.sparse = False  # the file system may run out of room while records are written
         self.epoch = 0  # of the last clearing
@@ -179,6 +180,7 @@ class Containers:
     def _open(self, path: Path, title: bytes, size: int) -> int:
         if not _is_intact(path, title, size):
             self.kept = False
+            self.foreign |= _is_foreign(path, self.stride)
             # A new file takes the name when it is whole: a crash leaves the old one or none.
             fresh = path.with_suffix(".new")
             path.unlink(missing_ok=True)
@@ -257,6 +259,15 @@ def _read_epoch(path: Path) -> int:
 
 def _check(epoch: int) -> int:
     return xxhash.xxh3_64_intdigest(epoch.to_bytes(8, "little"))
+
+
+def _is_foreign(path: Path, stride: int) -> bool:
+    try:
+        with path.open("rb") as file:
+            magic, _, _, _, _, theirs = _TITLE.unpack(file.read(_TITLE.size))
+    except (OSError, struct.error):
+        return False
+    return magic == _MAGIC and theirs != stride
 
 
 def _is_intact(path: Path, title: bytes, size: int) -> bool:

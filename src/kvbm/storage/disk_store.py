@@ -85,9 +85,11 @@ class DiskStore(RecordStore):
 
     def recover(self) -> Found:
         index = self._index
+        foreign = False
         for fd in self._containers.fds:  # what a killed process wrote may still be on its way
             self._io.sync(fd)
         if not self._containers.kept:
+            foreign = self._containers.foreign
             self.clear()
         elif index.unknown or index.epoch < self._epoch:  # the latter: the power went during a clearing
             logger.warning(
@@ -97,6 +99,7 @@ class DiskStore(RecordStore):
             self._epoch = max([self._epoch, *(header.epoch for header in headers)])
             index.restore([header for header in headers if header.epoch == self._epoch], self._epoch)
         elif index.fresh:
+            foreign = True
             logger.warning("the records here are of another model or geometry and will be overwritten")
         doubtful = np.append(index.torn, np.flatnonzero(index.entries["state"] == State.PENDING))
         if len(doubtful):
@@ -110,7 +113,7 @@ class DiskStore(RecordStore):
         entries, slots = entries[order], slots[order]
         hashes = np.stack([entries["low"], entries["high"]], axis=1)
         unique = _distinct(hashes, entries["group"])
-        return Found(slots[unique].astype(np.int32), hashes[unique], entries["group"][unique])
+        return Found(slots[unique].astype(np.int32), hashes[unique], entries["group"][unique], foreign)
 
     def write(self, slot: int, key: Key, record: Bytes, checksum: int | None = None) -> None:
         if not self._room:

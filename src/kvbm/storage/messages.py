@@ -64,6 +64,7 @@ class FoundRecords(msgspec.Struct, frozen=True, tag=True):
     hashes: bytes
     groups: bytes
     last: bool
+    foreign: bool = False
 
 
 class Cleared(msgspec.Struct, frozen=True, tag=True):

@@ -282,6 +282,7 @@ def _announce(channel: Channel, found: Found) -> None:
                 np.ascontiguousarray(found.hashes[part]).tobytes(),
                 found.groups[part].tobytes(),
                 last=start + _FOUND_AT_ONCE >= len(found),
+                foreign=found.foreign,
             )
         )
 

@@ -32,11 +32,15 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Records that survived, those first that are to be evicted first. Shapes (n,), (n, 2), (n,)."""
+    """Records that survived, those first that are to be evicted first. Shapes (n,), (n, 2), (n,).
+
+    foreign: the store was of another identity, and holds nothing now.
+    """
 
     slots: NDArray[np.int32]
     hashes: NDArray[np.uint64]
     groups: NDArray[np.uint8]
+    foreign: bool = False
 
     def __len__(self) -> int:
         return len(self.slots)
