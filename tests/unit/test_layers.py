@@ -26,7 +26,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "observe": BASE | {"logic"},
     "runtime": BELOW_INTEGRATIONS - {"runtime"},
     **dict.fromkeys(ENGINES, BELOW_INTEGRATIONS),
-    "cli": BELOW_INTEGRATIONS | set(ENGINES),
+    "bench": BELOW_INTEGRATIONS | set(ENGINES),
+    "cli": BELOW_INTEGRATIONS | set(ENGINES) | {"bench"},
+    "__main__": {"cli"},
     "kvbm": BELOW_INTEGRATIONS | set(ENGINES) | {"cli"},
 }
 # Logic is pure: no device, clock, thread, process or I/O.
@@ -125,6 +127,9 @@ def test_all_files_are_found() -> None:
         ("storage/disk.py", "from kvbm.transfer import arena"),
         ("observe/metrics.py", "from kvbm.runtime import leader"),
         ("runtime/leader.py", "import kvbm.vllm_integration.connector"),
+        ("runtime/leader.py", "from kvbm.cli import output"),
+        ("bench/disk.py", "from kvbm.cli import output"),
+        ("bench/chat.py", "import vllm"),
         ("runtime/leader.py", "from vllm.config import VllmConfig"),
         ("vllm_integration/connector.py", "from kvbm.sglang_integration import hooks"),
         ("vllm_integration/connector.py", "import sglang"),
@@ -162,7 +167,8 @@ def test_violation_is_found(path: str, source: str) -> None:
             "vllm_integration/connector.py",
             "import vllm\nfrom kvbm.runtime.leader import Leader\nimport kvbm.logic.pool",
         ),
-        ("cli/main.py", "import kvbm.vllm_integration.doctor"),
+        ("cli/main.py", "import kvbm.vllm_integration.doctor\nfrom kvbm.bench import report"),
+        ("bench/blocks.py", "from kvbm.vllm_integration.scheduler import SchedulerSide"),
     ],
 )
 def test_clean_file_is_clean(path: str, source: str) -> None:

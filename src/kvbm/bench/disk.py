@@ -1,13 +1,13 @@
 """How fast records move between host memory and local disk, beside fio on the same files, and what it costs.
 
-    python benchmarks/disk.py --dir /mnt/nvme [--record-mib 2] [--gib 2] [--rounds 5] [--output result.json]
-    python benchmarks/disk.py --dir /mnt/nvme --restart 1000000
+    kvbm bench disk --dir /mnt/nvme [--record-mib 2] [--gib 2] [--rounds 5] [--json FILE]
+    kvbm bench disk --dir /mnt/nvme --restart 1000000
 
 The first measures, in rounds that alternate: fio, bare system calls, and KVBM's I/O process with its
 checksums, reading and writing records of one size in random order at one depth (fio over a few buffers that
 stay in a CPU's cache, the others over host memory); CPU seconds of the I/O process per GB; what a Python loop
 in the engine's process loses meanwhile, and loses beside fio. The second: how long a store of so many records
-takes to open. Needs fio (apt-get install fio).
+takes to open. Without fio (apt-get install fio) the rest is measured.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from kvbm.bench.report import make_parser, progress, words, write_figures
 from kvbm.storage.client import StorageClient
 from kvbm.storage.containers import ensure_room, paths_of, stride_of
 from kvbm.storage.disk_store import DiskStore
@@ -38,6 +39,7 @@ from kvbm.storage.store import Identity, Key
 from kvbm.transfer.arena import HostArena
 
 BATCH = 32
+STEP_S = 0.005  # how often an engine asks for answers
 NAMESPACE = b"benchmark of disk"[:16]
 
 
@@ -78,7 +80,7 @@ class Ours:
         self.hashes = np.random.default_rng(1).integers(0, 256, (records, 16), np.uint8)
         self._id = 0
 
-    def run(self, write: bool, rng: np.random.Generator) -> float:
+    def run(self, write: bool, rng: np.random.Generator, poll_s: float = 2e-4) -> float:
         """Bytes per second over all records once, in random order."""
         order = rng.permutation(self.records).astype(np.int32)
         host = np.arange(self.records, dtype=np.int32) % self.arena.num_slots
@@ -107,7 +109,7 @@ class Ours:
             for result in self.client.poll().results:
                 in_flight -= 1
                 failed += len(result.failed)
-            time.sleep(2e-4)
+            time.sleep(poll_s)
         seconds = time.perf_counter() - started
         if failed:
             sys.exit(f"{failed} records failed")
@@ -194,7 +196,7 @@ def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rates = {f"{who} {kind}": list[float]() for who in ("kvbm", *others) for kind in ("write", "read")}
     cpu: dict[str, list[float]] = {"write": [], "read": []}
     ours.run(True, rng)  # first writes convert the file system's extents, for both
-    for _ in range(args.rounds):
+    for _ in progress(range(args.rounds), "throughput"):
         for kind in ("write", "read"):
             before = ours.cpu_seconds()
             rates[f"kvbm {kind}"].append(ours.run(kind == "write", rng))
@@ -206,12 +208,12 @@ def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 plain(ours.arena.slots, paths, kind == "write", *amount, depth[kind])
             )
         ours.run(True, rng)  # what others have overwritten
-    loop: dict[str, list[float]] = {"alone": [], "beside fio": [], "beside kvbm": []}
-    for _ in range(args.rounds):
+    loop: dict[str, list[float]] = {"alone": [], "beside fio": [], "beside KVBM": []}
+    for _ in progress(range(args.rounds), "a Python loop meanwhile"):
         loop["alone"].append(loop_rate(1.0))
         if "fio" in others:
             loop["beside fio"].append(loop_rate(1.0, lambda: fio(paths, False, *amount, depth["read"])))
-        loop["beside kvbm"].append(loop_rate(1.0, lambda: ours.run(False, rng)))
+        loop["beside KVBM"].append(loop_rate(1.0, lambda: ours.run(False, rng, STEP_S)))
     started = time.process_time()
     for data in ours.arena.records():  # more than any cache holds, as after a transfer
         xxhash.xxh3_64_intdigest(data.data)
@@ -263,7 +265,8 @@ def restart(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             first.write(slot, Key(keys[slot].tobytes()), arena.slots[slot % 64])
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(write, [range(at, min(at + 1000, count)) for at in range(0, count, 1000)]))
+        parts = [range(at, min(at + 1000, count)) for at in range(0, count, 1000)]
+        list(progress(pool.map(write, parts), "writing records", len(parts)))
     first.close()
     written_s = time.perf_counter() - started
     seconds = {}
@@ -280,10 +283,32 @@ def restart(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"records": count, "written in s": round(written_s, 1), "opened in s": seconds}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def show(result: dict[str, Any]) -> None:
+    print(f"{result['machine']}; {result['versions']}")
+    if "opened in s" in result:
+        print(f"{result['records']:,} records, written in {result['written in s']} s")
+        for how, seconds in result["opened in s"].items():
+            print(f"  opened {how:<20} {seconds:8.2f} s")
+        return
+    print(
+        f"{result['records']:,} records of {result['record bytes'] / 2**20:g} MiB, "
+        f"{result['records in host memory']:,} of them in host memory, backend {result['backend']}\n"
     )
+    print(f"{'GB/s, median':<24}{'write':>8}{'read':>8}")
+    median, depth = result["median GB/s"], result["depth"]
+    for who, name in (("kvbm", "KVBM"), ("fio", "fio"), ("plain", "bare system calls")):
+        if f"{who} read" in median:
+            print(f"{name:<24}" + "".join(f"{median[f'{who} {kind}']:8.2f}" for kind in depth))
+    cpu = result["CPU s per GB"]
+    print(f"{'CPU seconds per GB':<24}" + "".join(f"{cpu[kind]:8.2f}" for kind in depth))
+    print(f"{'of these the checksum':<24}{result['of these the checksum']:8.2f}")
+    for beside, part in result["python loop, part of its rate alone while the disk reads"].items():
+        if beside != "alone":
+            print(f"a Python loop {beside} keeps {100 * part:.1f} % of its speed")
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = make_parser(__doc__, prog)
     parser.add_argument("--dir", type=Path, required=True, help="a directory on the drive in question")
     parser.add_argument("--record-mib", type=float, default=2.0)
     parser.add_argument("--gib", type=float, default=2.0)
@@ -292,8 +317,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backend", default="posix")
     parser.add_argument("--restart", type=int, help="measure instead how long so many records take to open")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if not args.dir.is_dir():
+        parser.error(f"--dir {args.dir}: there is no such directory")
     folder = Path(tempfile.mkdtemp(prefix="kvbm-benchmark-", dir=args.dir))
     try:
         measured = restart(args, folder) if args.restart else throughput(args, folder)
@@ -304,11 +330,11 @@ def main() -> None:
         "versions": f"Python {platform.python_version()}, numpy {np.__version__}, xxhash {xxhash.VERSION}",
         **measured,
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.output:
-        args.output.write_text(text + "\n")
+    with words(args.json):
+        show(result)
+    write_figures(result, args.json)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

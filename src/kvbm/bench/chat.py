@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Several long chats on one small device cache, with KVBM and without, side by side.
 
 Starts vLLM's OpenAI server twice, one after the other: first as it is, then with KVBM as its KV connector.
@@ -7,7 +6,7 @@ conversation by the time its next turn comes. Without KVBM vLLM computes the who
 dropped blocks come back from host memory. One row a turn shows where the prompt's tokens came from and the
 time to the first token. The replies must be the same in both runs.
 
-    python examples/chat.py [--conversations 6] [--turns 3] [--cpu-cache-gb 1] [--model DIR] [--json FILE]
+    kvbm bench chat [--conversations 6] [--turns 3] [--cpu-cache-gb 1] [--model DIR] [--json FILE]
 
 Exit status: 0 all well; 1 replies differ, KVBM served nothing, or a server failed; 130 interrupted.
 """
@@ -29,16 +28,16 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from conversations import Conversation, make_conversation
+from kvbm.bench.conversations import Conversation, make_conversation
+from kvbm.bench.report import make_parser, words, write_figures
 
-ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct"
+DEFAULT_MODEL = Path(".models/SmolLM2-135M-Instruct")  # where scripts/demo.sh puts it in a checkout
 CONNECTOR = {
     "kv_connector": "DynamoConnector",
     "kv_role": "kv_both",
@@ -92,7 +91,10 @@ def detect_machine() -> Machine:
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if not answer.stdout.startswith("True"):
-        raise DemoError(f"vLLM or torch is missing in {sys.executable}. Run 'bash scripts/demo.sh'.")
+        raise DemoError(
+            f"vLLM or torch is missing in {sys.executable}. Install vLLM there; in a checkout of KVBM "
+            f"'bash scripts/demo.sh' does."
+        )
     return GPU if answer.stdout.split()[1] == "True" else CPU
 
 
@@ -192,15 +194,12 @@ class Server:
 
 
 HINTS = (
-    (r"No module named '?kvbm", "kvbm is not installed for this Python: run 'bash scripts/setup.sh'."),
-    (r"No module named '?(\w+)", "A Python package is missing: run 'bash scripts/setup.sh'."),
+    (r"No module named '?kvbm", "kvbm is not installed for this Python: pip install kvbm."),
+    (r"No module named '?(\w+)", "A Python package is missing: install it beside vLLM."),
     (r"out of memory|Free memory on device", "The GPU has too little free memory: stop what else uses it."),
     (r"Cannot allocate memory|MemoryError", "Too little memory: the demonstration needs about 4 GB free."),
     (r"No space left", "The disk (or /dev/shm) is full: make room, or pass a smaller --cpu-cache-gb."),
-    (
-        r"config\.json|Repo id|not a valid model",
-        "The model is missing: run 'python scripts/prepare_model.py'.",
-    ),
+    (r"config\.json|Repo id|not a valid model", "The model's folder is not complete."),
 )
 
 
@@ -396,10 +395,14 @@ def serving_args(machine: Machine, model: Path) -> list[str]:
     ]
 
 
-def run(options: argparse.Namespace, logs: Path) -> int:
+def run(options: argparse.Namespace, logs: Path) -> tuple[int, dict[str, Any]]:
+    """The exit status and the figures."""
     machine = detect_machine()
     if not (options.model / "config.json").is_file():
-        raise DemoError(f"no model in {options.model}. Run '{sys.executable} scripts/prepare_model.py'.")
+        raise DemoError(
+            f"no model in {options.model}. Name a chat model's folder with --model; in a checkout of KVBM "
+            f"'python scripts/prepare_model.py' makes a small one."
+        )
     conversations = [
         make_conversation(index, options.turns, machine.register_size, machine.note_size)
         for index in range(options.conversations)
@@ -428,28 +431,23 @@ def run(options: argparse.Namespace, logs: Path) -> int:
             print_row(turn, reference)
     summary = summarize(without, with_kvbm)
     print_summary(summary, with_kvbm[0], conversations[0].says[0])
-    if options.json:
-        report: dict[str, Any] = {"machine": machine.name, "summary": summary}
-        report |= {side: [asdict(turn) for turn in turns] for side, turns in sides(with_kvbm, without)}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    return verdict(summary, machine.exact)
+    report: dict[str, Any] = {"machine": machine.name, "summary": summary}
+    report |= {side: [asdict(turn) for turn in turns] for side, turns in sides(with_kvbm, without)}
+    return verdict(summary, machine.exact), report
 
 
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_options(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = make_parser(__doc__, prog)
     parser.add_argument("--conversations", type=int, default=6, help="how many in rotation (default 6)")
     parser.add_argument("--turns", type=int, default=3, help="turns of each conversation (default 3)")
     parser.add_argument(
         "--cpu-cache-gb", type=float, default=1.0, help="KVBM's host memory in GB (default 1)"
     )
     parser.add_argument(
-        "--model", type=Path, default=DEFAULT_MODEL, help="a chat model's folder (default SmolLM2)"
+        "--model", type=Path, default=DEFAULT_MODEL, help=f"a chat model's folder (default {DEFAULT_MODEL})"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all turns and the summary to FILE")
     parser.add_argument("--kv-transfer-config", default=json.dumps(CONNECTOR), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.conversations < 1 or options.turns < 1 or options.cpu_cache_gb <= 0:
         parser.error("--conversations, --turns and --cpu-cache-gb must be positive")
     return options
@@ -459,15 +457,17 @@ def stop_on_signal(number: int, _: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def main() -> int:
-    options = parse_options()
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    options = parse_options(argv, prog)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop_on_signal)
     logs = Path(tempfile.mkdtemp(prefix="kvbm-chat-"))
     keep_logs = False
     try:
-        status = run(options, logs)
+        with words(options.json):
+            status, report = run(options, logs)
         keep_logs = status != 0
+        write_figures(report, options.json)
         return status
     except DemoError as error:
         keep_logs = any(logs.iterdir())
@@ -478,7 +478,7 @@ def main() -> int:
         return 130
     finally:
         if keep_logs:
-            print(f"The servers' logs are in {logs}.")
+            print(f"The servers' logs are in {logs}.", file=sys.stderr)
         else:
             shutil.rmtree(logs, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""What is said in examples/chat.py: chats of the staff of invented places with their assistant.
+"""What is said in `kvbm bench chat`: chats of the staff of invented places with their assistant.
 
 Each conversation has a long register of its own as its system text, and in each later turn the user adds a
 note to it and asks about something in the note. The same index always gives the same conversation.

@@ -1,6 +1,6 @@
 """How fast blocks move between a GPU and pinned host memory, beside a contiguous copy of the same bytes.
 
-    python benchmarks/gpu_copies.py [--json FILE]
+    kvbm bench copies [--pin-gb 8 40] [--json FILE]
 
 2 GiB: 1,024 blocks of 2 MiB, the shape of Llama-3.1-8B in bf16, device blocks in random order. For each
 layout and method: GB/s offloading, onboarding and both at once, and the CPU time to order a copy. Then: loads
@@ -8,17 +8,17 @@ inside a step, and how long an arena takes to be pinned and what that does to an
 Medians of several; bit-exactness is checked in the same run, nothing else is asserted.
 """
 
-import argparse
-import json
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from kvbm.bench.report import make_parser, words, write_figures
 from kvbm.transfer.arena import HostArena
 from kvbm.transfer.calibration import Method
 from kvbm.transfer.cuda import driver
@@ -210,13 +210,8 @@ def pinning(gigabytes: float) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", help="file for the figures")
-    parser.add_argument("--pin-gb", type=float, nargs="*", default=[8.0, 40.0])
-    arguments = parser.parse_args()
+def run(pin_gb: Sequence[float]) -> dict[str, Any]:
+    """All of it, printed as it is measured."""
     results: dict[str, Any] = {
         "machine": f"{torch.cuda.get_device_name()}, {platform.processor() or platform.machine()}",
         "versions": f"torch {torch.__version__}, CUDA driver {driver.version()}, "
@@ -251,13 +246,27 @@ def main() -> None:
         del copies
         torch.cuda.empty_cache()
     arena.close()
-    results["pinning"] = [pinning(gigabytes) for gigabytes in arguments.pin_gb]
-    for row in results["pinning"]:
+    results["pinning"] = []
+    for gigabytes in pin_gb:
+        row = pinning(gigabytes)
+        results["pinning"].append(row)
         print({key: round(value, 3) for key, value in row.items()}, flush=True)
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(results, file, indent=1)
+    return results
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = make_parser(__doc__, prog)
+    parser.add_argument(
+        "--pin-gb", type=float, nargs="*", default=[8.0, 40.0], help="sizes of the arenas that are pinned"
+    )
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        sys.exit("This benchmark needs a CUDA device, and torch finds none; `kvbm doctor` says more.")
+    with words(arguments.json):
+        results = run(arguments.pin_gb)
+    write_figures(results, arguments.json)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,21 +1,20 @@
 """What the block logic costs: a prompt of 8,192 blocks in a full pool of 1,000,000, and an idle engine step.
 
-    python benchmarks/block_logic.py [--json FILE]
+    kvbm bench blocks [--json FILE]
 
 Per block: hash the tokens, match (a miss), claim a slot (which evicts, since the pool is full), register,
 match again (a hit), pin and release. The baseline of the same run is a plain dict of bytes to int with an
 OrderedDict as LRU, given the same hashes. Medians of several runs; nothing is asserted here.
 """
 
-import argparse
 import gc
-import json
 import platform
 import statistics
+import sys
 import time
 import tracemalloc
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from hashlib import blake2b
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from kvbm.bench.report import make_parser, progress, words, write_figures
 from kvbm.config import load_config
 from kvbm.logic.hashing import SequenceHasher, namespace_digest, root_hash
 from kvbm.logic.operations import Completion
@@ -173,8 +173,8 @@ def bench_step(requests: int = 256, steps: int = 2000) -> dict[str, float]:
         tokens = rng.integers(0, 128_000, 2048 + i % BLOCK_SIZE).tolist()
         request = SimpleNamespace(
             request_id=f"request-{i}", all_token_ids=tokens, num_computed_tokens=len(tokens) - 1,
-            num_tokens=len(tokens), pooling_params=None, prompt_embeds=None, mm_features=None,
-            lora_request=None, cache_salt=None, skip_reading_prefix_cache=False,
+            num_tokens=len(tokens), num_prompt_tokens=len(tokens), pooling_params=None, prompt_embeds=None,
+            mm_features=None, lora_request=None, cache_salt=None, skip_reading_prefix_cache=False,
         )  # fmt: skip
         running.append(request)
         side.match(request, 0)
@@ -215,29 +215,24 @@ def bench_step(requests: int = 256, steps: int = 2000) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", help="also write the results to this file")
-    arguments = parser.parse_args()
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    arguments = make_parser(__doc__, prog).parse_args(argv)
     # vLLM does the same once its engine is up; what is collected from here on is what the benchmark makes.
     gc.collect()
     gc.freeze()
-    results = {name: bench_pool(name) for name in POLICIES}
-    results["dict"] = bench_dict()
-    results["step"] = bench_step()
+    parts = {**{name: partial(bench_pool, name) for name in POLICIES}, "dict": bench_dict, "step": bench_step}
+    results = {name: run() for name, run in progress(parts.items(), "benchmarks", len(parts))}
     versions = f"Python {platform.python_version()}, numpy {np.__version__}"
     machine = f"{platform.processor() or platform.machine()}, {versions}"
-    print(machine)
-    for name, rows in results.items():
-        print(f"\n{name} (µs a block unless said otherwise)")
-        for key, value in rows.items():
-            print(f"  {key:<56} {value:10.3f}")
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"machine": machine, "results": results}, file, indent=1)
+    with words(arguments.json):
+        print(machine)
+        for name, rows in results.items():
+            print(f"\n{name} (µs a block unless said otherwise)")
+            for key, value in rows.items():
+                print(f"  {key:<56} {value:10.3f}")
+    write_figures({"machine": machine, "results": results}, arguments.json)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
