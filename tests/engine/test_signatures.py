@@ -26,7 +26,7 @@ SINCE = {"requires_kv_delivery": (0, 27), "get_transfer_results": (0, 30)}
 # Hooks that are gone: the last version that has them. A newer vLLM never calls them.
 UNTIL = {"prefer_cross_layer_blocks": (0, 28), "register_cross_layers_kv_cache": (0, 28)}
 # The first version of names imported inside functions.
-IMPORTED_SINCE = {"KVConnectorTransferResults": (0, 30)}
+IMPORTED_SINCE = {"KVConnectorTransferResults": (0, 30), "to_event_extra_keys": (0, 32)}
 # Public names of our class that are not vLLM's.
 OWN = {"turn_off"}
 
@@ -41,18 +41,25 @@ USED = [
     ("config/compilation.py", "CUDAGraphMode", "NONE PIECEWISE FULL"),
     ("v1/outputs.py", "KVConnectorOutput", "kv_connector_worker_meta finished_recving"),
     ("v1/core/block_pool.py", "BlockPool", "blocks touch free_blocks reset_prefix_cache"),
+    ("v1/core/block_pool.py", "BlockPool",
+     "enable_kv_cache_events kv_event_queue take_events emit_cached_block_events hash_block_size "
+     "num_gpu_blocks"),
+    ("distributed/kv_events.py", "BlockStored",
+     "block_hashes parent_block_hash token_ids block_size lora_id medium lora_name extra_keys group_idx"),
+    ("distributed/kv_events.py", "BlockRemoved", "block_hashes medium group_idx"),
+    ("distributed/kv_events.py", "AllBlocksCleared", ""),
     ("v1/core/kv_cache_utils.py", "KVCacheBlock", "is_null ref_cnt"),
     ("v1/core/kv_cache_manager.py", "KVCacheBlocks", "get_block_ids"),
     ("v1/request.py", "Request",
      "request_id num_tokens num_computed_tokens all_token_ids skip_reading_prefix_cache pooling_params "
-     "prompt_embeds mm_features lora_request cache_salt resumable"),
+     "prompt_embeds mm_features lora_request cache_salt resumable block_hashes"),
     ("v1/kv_cache_interface.py", "KVCacheConfig", "num_blocks kv_cache_groups"),
     ("v1/kv_cache_interface.py", "KVCacheGroupSpec", "layer_names kv_cache_spec"),
     ("v1/kv_cache_interface.py", "KVCacheSpec", "block_size page_size_bytes"),
     ("config/kv_transfer.py", "KVTransferConfig", "kv_connector_extra_config kv_load_failure_policy"),
     ("config/parallel.py", "ParallelConfig", "rank world_size pipeline_parallel_size tensor_parallel_size"),
     ("config/cache.py", "CacheConfig", "cache_dtype"),
-    ("lora/request.py", "LoRARequest", "lora_name lora_int_id lora_path load_inplace"),
+    ("lora/request.py", "LoRARequest", "lora_name lora_int_id lora_path load_inplace adapter_id name"),
 ]  # fmt: skip
 
 

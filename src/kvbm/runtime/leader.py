@@ -88,6 +88,7 @@ class Leader:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.lock = threading.RLock()
+        self.administered = False  # what happens now is asked for by another thread than the engine's
         self.off_reason: str | None = None  # set: nothing is cached, and why
         self.not_cached: Counter[str] = Counter()  # requests by reason
         self._namespace = namespace
@@ -384,9 +385,12 @@ class Leader:
     @_off_on_error(lambda: None)
     def administer(self, action: Callable[[Upkeep, float], _T]) -> _T | None:
         """`action` with the time, between two calls of the engine; None if caching is off."""
-        result = action(self.upkeep, self._clock())
-        self._orders.forget_all |= self.upkeep.take_forget_all()
-        return result
+        self.administered = True
+        try:
+            return action(self.upkeep, self._clock())
+        finally:
+            self.administered = False
+            self._orders.forget_all |= self.upkeep.take_forget_all()
 
     # ---- guarded insides ----
 

@@ -1,8 +1,10 @@
 """All that differs between the vLLM versions we run on (0.26 to 0.33)."""
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from kvbm.errors import UnsupportedEngineError
@@ -64,6 +66,18 @@ def calls_layer_hooks(forward_context: Any) -> bool:
     return isinstance(metadata, dict) and bool(metadata) and getattr(mode, "name", "NONE") != "FULL"
 
 
+def find_by_name(module: str, *names: str) -> None:
+    """Let vLLM's MultiConnector find these connectors of `module` when it logs what they have counted.
+
+    It knows them by name only then, and stops the engine where a name is not in its registry.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    for name in names:
+        with contextlib.suppress(ValueError):  # it is there already
+            KVConnectorFactory.register_connector(name, module, name)
+
+
 def replica_of(parallel_config: Any) -> int:
     """Number of this engine among the replicas of one deployment, which may share a machine."""
     index = getattr(parallel_config, "data_parallel_index", None)
@@ -92,6 +106,74 @@ def before_reset(block_pool: Any, prepare: Callable[[], None]) -> None:
         return reset()
 
     block_pool.reset_prefix_cache = prepared_reset
+
+
+def publishes_events(block_pool: Any) -> bool:
+    """Whether the engine makes KV events, to be published with its steps."""
+    return bool(getattr(block_pool, "enable_kv_cache_events", False))
+
+
+def event_types() -> Any:
+    """vLLM's classes of events, by name."""
+    from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+
+    return SimpleNamespace(
+        BlockStored=BlockStored, BlockRemoved=BlockRemoved, AllBlocksCleared=AllBlocksCleared
+    )
+
+
+def has_events(block_pool: Any) -> bool:
+    return bool(getattr(block_pool, "kv_event_queue", None))
+
+
+def replace_take_events(block_pool: Any, take: Callable[[], list[Any]]) -> Callable[[], list[Any]]:
+    """Let the engine publish what `take` returns; returns the method that takes its own events."""
+    original = block_pool.take_events
+    block_pool.take_events = take
+    return original
+
+
+def around_repeats(block_pool: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Call `before` and `after` when the pool repeats events of blocks that it has had all along.
+
+    Requests with `kv_cache_report_mode=full` ask for that. The events look like those of new blocks.
+    """
+    emit = getattr(block_pool, "emit_cached_block_events", None)
+    if emit is None:
+        return
+
+    def announced(*args: Any, **kwargs: Any) -> None:
+        before()
+        emit(*args, **kwargs)
+        after()
+
+    block_pool.emit_cached_block_events = announced
+
+
+def event_hashes(block_pool: Any, request: Any, block_size: int, first: int, end: int) -> list[int | bytes]:
+    """What vLLM's events call the request's blocks first .. end-1, as far as it has hashed them."""
+    from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash, resolve_block_hashes
+
+    hashes = resolve_block_hashes(request.block_hashes, block_pool.hash_block_size, block_size)
+    return [maybe_convert_block_hash(hash_) for hash_ in hashes[first:end]]
+
+
+def event_extra_keys(request: Any, block_size: int, first: int, end: int) -> list[Any] | None:
+    """What beside tokens made those hashes, one entry a block, as in vLLM's events; None: nothing did."""
+    if not (request.lora_request or request.mm_features or request.cache_salt):
+        return None
+    from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+
+    keys, item = [], 0
+    for block in range(first, end):
+        start = block * block_size
+        own, item = generate_block_hash_extra_keys(request, start, start + block_size, item)
+        keys.append(own)
+    try:
+        from vllm.v1.core.kv_cache_utils import to_event_extra_keys
+    except ImportError:  # up to 0.30 they are published as they are hashed
+        return keys
+    return to_event_extra_keys(keys)
 
 
 def _blocks(block_pool: Any, block_ids: Iterable[int]) -> list[Any]:
