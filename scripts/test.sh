@@ -13,6 +13,16 @@ python -m pip install -q --disable-pip-version-check -c .venv/constraints.txt -e
 # A backend of the disk tier. Without its dependencies: it would bring CUDA's torch, which it does not use.
 python -m pip install -q --disable-pip-version-check --no-deps nixl-cu12==1.5.1
 python scripts/prepare_model.py
+# A browser for the page's tests, which are skipped where none can be had.
+if ! command -v chromium-headless-shell chromium chromium-browser google-chrome >/dev/null &&
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "test: installing a headless Chromium, some 100 MB to download"
+    export DEBIAN_FRONTEND=noninteractive
+    {
+        timeout 120 apt-get update -q &&
+            timeout 600 apt-get install -yq --no-install-recommends chromium-headless-shell fonts-dejavu-core
+    } >.venv/chromium.log 2>&1 || echo "test: it can't be had, see .venv/chromium.log"
+fi
 
 ruff check .
 ruff format --check .

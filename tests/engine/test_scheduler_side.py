@@ -154,6 +154,10 @@ class FakeRequest(SimpleNamespace):
     __hash__ = object.__hash__  # type: ignore[assignment]
 
     @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.all_token_ids)
+
+    @property
     def num_tokens(self) -> int:
         return len(self.all_token_ids)
 

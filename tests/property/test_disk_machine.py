@@ -9,6 +9,7 @@ hold is checked after every action. The seed of a failure is in the test's name.
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -22,6 +23,7 @@ from kvbm.logic.operations import Completion, Direction, Failure, Operation
 from kvbm.logic.pool import BlockPool, BlockState
 from kvbm.runtime.leader import Leader
 from kvbm.runtime.messages import WorkerReport
+from kvbm.runtime.upkeep import Upkeep
 
 RUNS = int(os.environ.get("PROPERTY_LONG_RUNS", "16"))
 STEPS = int(os.environ.get("PROPERTY_STEPS", "2000"))
@@ -32,6 +34,7 @@ TIMEOUT_S = 10.0
 PATIENCE_S = 5.0
 OFFLOAD, ONBOARD, WRITE, READ = Direction.OFFLOAD, Direction.ONBOARD, Direction.WRITE, Direction.READ
 GARBAGE = b"garbage"
+SALT, SALTED = "tenant", 3  # of the requests that begin with this symbol
 
 
 @dataclass
@@ -100,6 +103,8 @@ class Simulation:
             "transfer__max_queued_blocks": random.randint(2, 12),
         }
         self.ranks = [Rank() for _ in range(self.num_ranks)]
+        self.forgotten: set[bytes] = set()  # cleared by their salt, and not stored since
+        self.salted: set[bytes] = set()  # all blocks that ever had it
         self.start()
 
     def start(self) -> None:
@@ -180,12 +185,17 @@ class Simulation:
         id_ = f"r{self.serial}"
         symbols = [self.random.randrange(4)]
         symbols += [self.random.choice([0, 0, 0, 1]) for _ in range(self.random.randint(0, MAX_BLOCKS - 1))]
-        self.leader.start(id_)
+        salt = SALT if symbols[0] == SALTED else None
+        self.leader.start(id_, salt=salt)
         hasher = self.leader.hasher(id_)
         assert hasher is not None
         hasher.extend([token for symbol in symbols for token in (symbol, 7)])
         first = self.random.choice([0, 0, 0, 1]) if len(symbols) > 1 else 0
-        self.requests[id_] = Request(id_, [row.tobytes() for row in hasher.hashes], first)
+        blocks = [row.tobytes() for row in hasher.hashes]
+        self.requests[id_] = Request(id_, blocks, first)
+        if salt:
+            self.salted.update(blocks)
+            self.forgotten.difference_update(blocks)
 
     def some(self, *states: str) -> Request | None:
         chosen = [request for request in self.requests.values() if request.state in states]
@@ -265,6 +275,37 @@ class Simulation:
         assert self.leader.clear()
         assert self.host.num_registered == self.disk.pool.num_registered == 0
         self.counts["clears"] += 1
+
+    def upkeep(self, action: Callable[[Upkeep, float], Any]) -> Any:
+        return self.leader.administer(lambda upkeep, now: (action(upkeep, now),))
+
+    def clear_salt(self) -> None:
+        self.upkeep(lambda upkeep, now: upkeep.clear(None, SALT))
+        self.forgotten = set(self.salted)
+        self.counts["clears of a salt"] += 1
+
+    def resize(self) -> None:
+        tier, size = self.random.choice([("host", self.host_slots), ("disk", self.disk_slots)])
+        blocks = self.random.choice([size, self.random.randint(1, size)])
+        self.upkeep(lambda upkeep, now: upkeep.resize(tier, blocks))
+        if tier == "host" or self.disk.pool.usable:
+            assert (self.host if tier == "host" else self.disk.pool).usable == blocks
+
+    def pin(self) -> None:
+        request = self.some("waiting", "loading", "running")
+        if request is not None:
+            self.serial += 1
+            name, until = f"pin{self.serial}", self.now + self.random.uniform(0.0, 2 * TIMEOUT_S)
+            hashes = np.array([np.frombuffer(key, np.uint64) for key in request.blocks])
+            (pinned,) = self.upkeep(lambda upkeep, now: upkeep.pin(name, hashes, until))
+            self.counts["pinned"] += pinned
+
+    def prefetch(self) -> None:
+        known = [record.key for rank in self.ranks for record in rank.store.values()]
+        if known:
+            self.serial += 1
+            hashes = np.frombuffer(self.random.choice(known), np.uint64).reshape(1, 2)
+            self.upkeep(lambda upkeep, now: upkeep.prefetch(f"prefetch{self.serial}", hashes))
 
     def crowd(self) -> None:
         """The host tier loses some of what nobody uses, as if much else had passed through it."""
@@ -435,6 +476,8 @@ class Simulation:
     def restart(self) -> None:
         """The engine is killed; another one finds what is on the disks."""
         self.counts["restarts"] += 1
+        if self.disk._forget or self.leader._orders.forget_all or self.under_way(WRITE):
+            self.forgotten.clear()  # it is killed before the ranks know
         for copy in self.under_way(WRITE):
             for i in copy.order[copy.done :]:
                 if self.random.random() < 0.3:  # torn
@@ -480,6 +523,7 @@ class Simulation:
     def check(self) -> None:
         assert self.leader.off_reason is None
         self.bytes_are_those_of_the_hash()
+        self.what_was_cleared_is_gone()
         self.pins_are_right()
         self.bounds_are_kept()
 
@@ -500,6 +544,13 @@ class Simulation:
                         record = rank.store[slot]
                         assert record.key == record.content == row.tobytes(), "the disk has wrong bytes"
 
+    def what_was_cleared_is_gone(self) -> None:
+        if self.forgotten:
+            hashes = np.array([np.frombuffer(key, np.uint64) for key in self.forgotten])
+            for pool in (self.host, self.disk.pool):
+                slots = pool.find(hashes)
+                assert not (pool.states(slots[slots >= 0]) == BlockState.REGISTERED).any()
+
     def pins_are_right(self) -> None:
         host = np.zeros(self.host_slots, int)
         disk = np.zeros(self.disk_slots, int)
@@ -517,6 +568,8 @@ class Simulation:
             np.add.at(host, request.chain.rows, 1)
         for fetch in self.disk._fetches.values():
             np.add.at(host, fetch.slots, 1)
+        for slots, _ in self.leader.upkeep._pins.values():
+            np.add.at(host, slots, 1)
         assert self.host.pins(np.arange(self.host_slots)).tolist() == host.tolist()
         assert self.disk.pool.pins(np.arange(self.disk_slots)).tolist() == disk.tolist()
 
@@ -532,6 +585,8 @@ class Simulation:
         """Everything ends: nothing is left in use."""
         while self.requests:
             self.finish()
+        for name in list(self.leader.upkeep._pins):
+            self.leader.upkeep.unpin(name)
         for i in range(40):
             settled = self.disk.ready or self.disk.off_reason is not None
             if i >= 5 and settled and not self.copies:
@@ -547,7 +602,7 @@ class Simulation:
         for pool in (self.host, self.disk.pool):
             assert not pool.pins(np.arange(pool.capacity)).any()
             if pool.usable:  # not where it was turned off before it began
-                assert pool.num_free + pool.num_registered == pool.capacity
+                assert pool.num_free + pool.num_registered == pool.usable
         tier = self.disk
         assert (tier._queued_reads, tier._queued_writes, tier._fetched) == (0, 0, 0)
         assert not tier._fetches
@@ -563,6 +618,10 @@ WEIGHTS = {
     "preempt": 1,
     "finish": 16,
     "clear": 0.3,
+    "clear_salt": 0.5,
+    "resize": 0.7,
+    "pin": 1,
+    "prefetch": 2,
     "crowd": 8,
     "advance": 25,
     "end": 60,
@@ -571,7 +630,7 @@ WEIGHTS = {
     "rot": 1,
     "pass_time": 3,
     "idle": 0.7,
-    "restart": 0.7,
+    "restart": 0.9,
     "announce": 4,
     "refuse": 0.02,
     "drain": 0.3,
@@ -612,7 +671,7 @@ def test_the_histories_are_full_of_life() -> None:
         pytest.skip("not all histories were run in this process")
     for what in ("waits", "loads", "restarts", "good blocks", "written", "read", "recovered"):
         assert _totals[what] >= 5 * RUNS, what
-    for what in ("clears", "timeouts", "pauses"):
+    for what in ("clears", "clears of a salt", "timeouts", "pauses"):
         assert _totals[what] >= RUNS, what
     for why in ("TIMEOUT", "UNAVAILABLE", "ERROR", "CORRUPT"):
         assert _totals[f"WRITE {why}"], why

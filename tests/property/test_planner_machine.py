@@ -8,6 +8,7 @@ eagerly as it is allowed to and scribbles on each it gives out. What must hold i
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -22,6 +23,7 @@ from kvbm.logic.operations import Completion, Direction, Failure, Operation
 from kvbm.logic.planner import Outcome, Planner
 from kvbm.logic.policies import Lru, SegmentedLru
 from kvbm.logic.pool import BlockEvent, BlockPool, BlockState, EventKind
+from kvbm.runtime.upkeep import Upkeep
 
 EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "150"))
 LONG_RUNS = int(os.environ.get("PROPERTY_LONG_RUNS", "12"))
@@ -112,6 +114,9 @@ class PlannerMachine(RuleBasedStateMachine):
             timeout_s=TIMEOUT_S,
         )
         self.pool.subscribe(self.hear)
+        self.upkeep = Upkeep(self.planner, None)
+        self.upkeep.host_has(capacity)
+        self.not_stored: set[str] = set()  # requests whose blocks were cleared while they ran
         self.now = 0.0
         self.serial = 0
         self.device: list[list[Content]] = [[("new", r)] * device_blocks for r in range(ranks)]
@@ -189,7 +194,11 @@ class PlannerMachine(RuleBasedStateMachine):
         request = Request(f"r{self.serial}", [t for token in prompt for t in (token, 7)], hasher)
         self.hash(request)
         self.requests[request.id] = request
-        self.planner.add_request(request.id, hasher)
+        self.planner.add_request(request.id, hasher, self.tag(request.tokens))
+
+    def tag(self, tokens: Sequence[int]) -> int:
+        """Of a request's blocks: those that begin alike are of one salt."""
+        return 1 + tokens[0]
 
     @precondition(lambda self: self.prefix_of and len(self.requests) < 5)
     @rule(which=_any, length=st.integers(1, MAX_BLOCKS))
@@ -486,6 +495,7 @@ class PlannerMachine(RuleBasedStateMachine):
     def expire(self, seconds: float) -> None:
         self.now += seconds
         self.planner.expire(self.now)
+        self.upkeep.tick(self.now)
 
     @precondition(lambda self: self.copies)
     @rule()
@@ -499,6 +509,32 @@ class PlannerMachine(RuleBasedStateMachine):
         if sure == 5:
             self.planner.clear()
             assert self.pool.num_registered == 0
+
+    @rule(token=st.integers(0, 1), sure=st.integers(0, 3))
+    def clear_tag(self, token: int, sure: int) -> None:
+        """Those that begin with this token are forgotten, and not stored again by who runs now."""
+        if sure != 3:
+            return
+        self.planner.clear_tag(1 + token)
+        gone = [key for key, prefix in self.prefix_of.items() if prefix[0] == token]
+        if gone:
+            hashes = np.array([np.frombuffer(key, np.uint64) for key in gone])
+            assert (self.pool.find(hashes) < 0).all()
+        self.not_stored |= {id_ for id_, request in self.requests.items() if request.tokens[0] == token}
+
+    @rule(blocks=st.integers(1, 10), sure=st.integers(0, 3))
+    def resize(self, blocks: int, sure: int) -> None:
+        if sure == 3:
+            self.upkeep.resize("host", min(blocks, self.pool.capacity))
+            assert self.pool.usable == min(blocks, self.pool.capacity)
+
+    @precondition(lambda self: self.requests)
+    @rule(which=_any, seconds=st.floats(0.0, 3 * TIMEOUT_S))
+    def pin(self, which: int, seconds: float) -> None:
+        request = self.pick(list(self.requests.values()), which)
+        self.serial += 1
+        self.upkeep.pin(f"pin{self.serial}", request.hasher.hashes.copy(), self.now + seconds)
+        assert self.upkeep.pinned_blocks <= self.pool.usable // 2
 
     @rule(order=_any, how=st.sampled_from(["well", "badly"]), ends_first=st.booleans())
     def wind_down(self, order: int, how: str, ends_first: bool) -> None:
@@ -516,13 +552,15 @@ class PlannerMachine(RuleBasedStateMachine):
             while requests := self.in_state("waiting", "loading", "running"):
                 self.finish(order % len(requests))
 
+        for name in list(self.upkeep._pins):
+            self.upkeep.unpin(name)
         for action in (end_requests, end_copies) if ends_first else (end_copies, end_requests, end_copies):
             action()
         assert not self.requests
         assert not self.loads
         assert not self.planner.has_work
         assert self.pool.pins(np.arange(self.pool.capacity)).tolist() == [0] * self.pool.capacity
-        assert self.pool.num_free + self.pool.num_registered == self.pool.capacity
+        assert self.pool.num_free + self.pool.num_registered == self.pool.usable
         assert sorted(self.free) == list(range(len(self.uses)))
         assert self.planner._queued_blocks == 0
 
@@ -590,6 +628,7 @@ class PlannerMachine(RuleBasedStateMachine):
             assert len(chain) <= len(request.hasher)
             assert self.pool.find(request.hasher.hashes[: len(chain)]).tolist() == chain.tolist()
             assert (self.pool.pins(chain) > 0).all()
+            assert request.id not in self.not_stored or not len(chain)
 
     def has_work_tells_of_completions(self) -> None:
         waited_for = {copy.operation.id for copy in self.copies if not copy.over}
@@ -606,6 +645,8 @@ class PlannerMachine(RuleBasedStateMachine):
             followed |= {id(r): r for r, _ in in_flight.members}
         for request in followed.values():
             np.add.at(expected, request.chain.rows, 1)
+        for slots, _ in self.upkeep._pins.values():
+            np.add.at(expected, slots, 1)
         assert self.pool.pins(np.arange(self.pool.capacity)).tolist() == expected.tolist()
 
 
@@ -627,6 +668,9 @@ WEIGHTS = {
     "expire": 1,
     "abandon": 0.5,
     "clear": 0.2,
+    "clear_tag": 0.3,
+    "resize": 0.5,
+    "pin": 0.5,
     "wind_down": 0.3,
 }
 
@@ -684,6 +728,12 @@ def test_long_run(seed: int) -> None:
             machine.abandon()
         elif action == "clear":
             machine.clear(5)
+        elif action == "clear_tag":
+            machine.clear_tag(random.randint(0, 1), 3)
+        elif action == "resize":
+            machine.resize(random.randint(1, machine.pool.capacity), 3)
+        elif action == "pin" and machine.requests:
+            machine.pin(number(), random.uniform(0, 3 * TIMEOUT_S))
         elif action == "wind_down":
             machine.drain(number(), "well", random.random() < 0.5)
         else:

@@ -39,6 +39,7 @@ class Block:
     state: BlockState = BlockState.RESET
     key: Key | None = None
     pins: int = 0
+    tag: int | None = None  # None: nobody has said
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -107,7 +108,7 @@ class PoolMachine(RuleBasedStateMachine):
         for slot in reversed(slots):
             block = self.blocks[slot]
             if not block.pins:
-                if block.state == BlockState.REGISTERED:
+                if block.state == BlockState.REGISTERED and slot < self.usable:
                     self.order.append(slot)
                 else:
                     self.blocks[slot] = Block()
@@ -251,6 +252,38 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.grow(usable)
         self.usable = max(self.usable, min(usable, len(self.blocks)))
 
+    @precondition(lambda self: self.usable > 1)
+    @rule(usable=st.integers(0, 11), sure=st.integers(0, 2))
+    def shrink(self, usable: int, sure: int) -> None:
+        if sure:
+            return
+        lost = [
+            slot
+            for slot, block in enumerate(self.blocks)
+            if slot >= usable and block.state >= BlockState.COMPLETE
+        ]
+        assert self.pool.beyond(usable).tolist() == lost
+        self.model_withdraw(lost)
+        self.pool.shrink(usable)
+        self.usable = min(self.usable, usable)
+
+    @precondition(lambda self: self.holds)
+    @rule(which=_any, tag=st.integers(0, 2))
+    def tag(self, which: int, tag: int) -> None:
+        chain = self.holds[which % len(self.holds)]
+        self.pool.tag(array(*chain), np.uint32(tag))
+        for slot in chain:
+            self.blocks[slot].tag = tag
+
+    @rule(tags=st.lists(st.integers(0, 2), min_size=1, max_size=2))
+    def tagged(self, tags: list[int]) -> None:
+        found = set(self.pool.tagged(*map(np.uint32, tags)).tolist())
+        for slot, block in enumerate(self.blocks):
+            if block.state < BlockState.COMPLETE:
+                assert slot not in found
+            elif block.tag is not None:
+                assert (slot in found) == (block.tag in tags)
+
     @rule(sure=st.integers(0, 9))
     def clear(self, sure: int) -> None:
         if sure:
@@ -273,11 +306,12 @@ class PoolMachine(RuleBasedStateMachine):
         free = self.pool._free[: self.pool.num_free].tolist()
         assert len(set(free)) == len(free)
         assert set(free) == self.free_slots()
-        count = [sum(block.state == state for block in self.blocks) for state in BlockState]
-        quarantined = sum(block.state == BlockState.RESET and block.pins > 0 for block in self.blocks)
-        assert count[BlockState.REGISTERED] == self.pool.num_registered
-        assert self.pool.num_free + quarantined + sum(count[1:]) == self.pool.usable == self.usable
-        assert all(block == Block() for block in self.blocks[self.usable :])
+        used = sum(block.state > BlockState.RESET or block.pins > 0 for block in self.blocks[: self.usable])
+        registered = sum(block.state == BlockState.REGISTERED for block in self.blocks)
+        assert registered == self.pool.num_registered
+        assert self.pool.num_free + used == self.pool.usable == self.usable
+        for block in self.blocks[self.usable :]:
+            assert block.pins or block == Block(), "what is given up is used until it is released"
 
     @invariant()
     def the_index_holds_exactly_the_named(self) -> None:

@@ -14,7 +14,7 @@ from kvbm.storage import containers
 from kvbm.storage.containers import ensure_room, paths_of, stride_of
 from kvbm.storage.disk_store import DiskStore
 from kvbm.storage.file_io import PosixFileIo
-from kvbm.storage.store import Bytes
+from kvbm.storage.store import Bytes, Identity
 from tests.storage.harness import Backend, Host, NoFallocate, Opened, identity, key, open_disk, opened
 
 DISK = Backend("buffered", lambda *args: open_disk(*args, o_direct=False))
@@ -318,3 +318,26 @@ def test_files_of_an_earlier_run_are_room(tmp_path: Path, monkeypatch: pytest.Mo
     ensure_room([tmp_path / "drive-0"], slots + 9, stride, 0)
     with pytest.raises(CapacityError):
         ensure_room([tmp_path / "drive-0"], slots + 12, stride, 0)
+
+
+# ---- whose records these are
+
+
+def test_records_of_another_model_or_size_are_told_of_once(tmp_path: Path) -> None:
+    def found_foreign(namespace: bytes, record_bytes: int, slots: int) -> bool:
+        host = Host(slots, record_bytes)
+        store = open_disk(
+            tmp_path, Identity(namespace, record_bytes), slots, host.memory, host.slot_bytes, o_direct=False
+        )
+        foreign = store.recover().foreign
+        store.close()
+        return foreign
+
+    a, b = b"a" * 16, b"b" * 16
+    assert not found_foreign(a, 5000, 8), "nothing was there"
+    assert not found_foreign(a, 5000, 8)
+    assert found_foreign(b, 5000, 8), "another model, of the same geometry"
+    assert not found_foreign(b, 5000, 8)
+    assert found_foreign(b, 9000, 8), "records of another size"
+    assert not found_foreign(b, 9000, 8)
+    assert not found_foreign(b, 9000, 12), "a larger cache of the same model"

@@ -491,7 +491,7 @@ def check_off(leader: Leader) -> None:
 def test_an_error_inside_turns_caching_off(first: str, caplog: pytest.LogCaptureFixture) -> None:
     leader = make_ready(make_leader()[0])
     arrive(leader, "a", 8)
-    leader._planner = Broken()  # type: ignore[assignment]
+    leader._planner = leader.upkeep._planner = Broken()  # type: ignore[assignment]
     with caplog.at_level(logging.ERROR):
         if first == "has_work":
             assert not leader.has_work

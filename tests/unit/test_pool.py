@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kvbm.logic.hashing import Hashes
+from kvbm.logic.history import Fate
 from kvbm.logic.policies import EvictionPolicy, Lru, SegmentedLru
 from kvbm.logic.pool import BlockEvent, BlockPool, BlockState, EventKind
 
@@ -495,6 +496,38 @@ def test_lowest_slots_first() -> None:
     assert pool.allocate(4).tolist() == [0, 1, 2, 3]
     pool.grow(8)
     assert pool.allocate(3).tolist() == [4, 5, 6]
+
+
+def test_what_was_in_use_when_the_pool_shrank_is_given_up_with_its_last_pin() -> None:
+    pool = BlockPool(6, Lru)
+    slots = pool.allocate(6)
+    events: list[BlockEvent] = []
+    pool.subscribe(events.append)
+    pool.shrink(2)
+    assert (pool.usable, pool.num_free, len(events)) == (2, 0, 0)
+    pool.complete(slots, names(*range(6)))
+    pool.register(slots)
+    assert len(pool.match(names(*range(6)))) == 6
+    pool.release(slots)
+    assert pool.match(names(*range(6))).tolist() == [0, 1]
+    assert (pool.num_registered, pool.num_free) == (2, 0)
+    assert [(event.kind, len(event.hashes), event.fate) for event in events] == [
+        (EventKind.STORED, 6, None),
+        (EventKind.REMOVED, 4, Fate.EVICTED),
+    ]
+    assert pool.allocate(6).tolist() == [0, 1]
+    pool.grow(6)
+    assert sorted(pool.allocate(6).tolist()) == [2, 3, 4, 5]
+
+
+def test_blocks_are_found_by_their_tag() -> None:
+    pool = BlockPool(6, Lru)
+    slots = stored(pool, names(*range(4)))
+    pool.tag(slots, np.array([1, 2, 1, 3], np.uint32))
+    assert pool.tagged(np.uint32(1)).tolist() == [slots[0], slots[2]]
+    assert pool.tagged(np.uint32(2), np.uint32(3)).tolist() == [slots[1], slots[3]]
+    pool.withdraw(slots[:1])
+    assert pool.tagged(np.uint32(1)).tolist() == [slots[2]]
 
 
 def test_clearing_a_pool_that_grows() -> None:

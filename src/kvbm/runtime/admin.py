@@ -91,11 +91,11 @@ class Admin:
     def misses(self) -> dict[str, int]:
         """How many of the last finished requests missed for which reason."""
         counts: dict[str, int] = {}
-        records = [record for record in self._records() if record.finished]
+        records = self._records()
         alike: dict[int, list[RequestRecord]] = {}  # all that an explanation looks at: this is asked often
         for record in records:
             alike.setdefault(record.identity.first_block, []).append(record)
-        for record in records:
+        for record in (record for record in records if record.finished):
             miss = self._explain(record, alike[record.identity.first_block]).miss
             if miss is not None:
                 counts[miss] = counts.get(miss, 0) + 1

@@ -27,6 +27,7 @@ from kvbm.errors import LostLoadError
 from kvbm.runtime.messages import StepOrders, WorkerReport
 from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.scheduler import SchedulerSide, make_scheduler_side
+from kvbm.vllm_integration.stats import KvbmPromMetrics, KvbmStats
 from kvbm.vllm_integration.worker import Snapshot, WorkerSide
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        _log_as_vllm()
         config = load_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
         compat.check_engine_version(vllm.__version__, allow_untested=config.engine.allow_untested)
         self.scheduler_side: SchedulerSide | None = None
@@ -156,6 +158,27 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
     def reset_cache(self) -> bool | None:
         return self.scheduler_side.reset() if self.scheduler_side is not None else None
 
+    # ---- vLLM's own metrics ----
+
+    def get_kv_connector_stats(self) -> KvbmStats | None:
+        """Asked of both halves in every step. The ranks' work is counted by the scheduler, once for all."""
+        side = self.scheduler_side
+        return side.stats.take() if side is not None and side.stats is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvbmStats:
+        return KvbmStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KvbmPromMetrics:
+        return KvbmPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     # ---- worker ----
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
@@ -224,13 +247,27 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
         if self.worker_side is not None:
             self._snapshot = self.worker_side.snapshot()
 
+    @_never_raises(lambda: None)
     def shutdown(self) -> None:
         if self.worker_side is not None:
             self.worker_side.close()
+        if self.scheduler_side is not None:
+            self.scheduler_side.close()
 
 
 class DynamoConnector(KvbmConnector):
     """The name under which users of NVIDIA's KVBM have it in their commands."""
+
+
+compat.find_by_name(__name__, KvbmConnector.__name__, DynamoConnector.__name__)
+
+
+def _log_as_vllm() -> None:
+    """Our log lines go where vLLM's go; without this only warnings would be seen."""
+    ours, theirs = logging.getLogger("kvbm"), logging.getLogger("vllm")
+    if not ours.hasHandlers():  # else the user has chosen
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)
 
 
 def _announce(config: Config) -> None:

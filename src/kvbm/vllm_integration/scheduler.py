@@ -8,11 +8,16 @@ from typing import Any
 from kvbm.config import Config
 from kvbm.errors import CapacityError
 from kvbm.logic.planner import Outcome
+from kvbm.observe.server import Server
+from kvbm.runtime.admin import Admin
 from kvbm.runtime.disk import disk_record_bytes, num_disk_slots, num_host_slots
 from kvbm.runtime.leader import Leader
 from kvbm.runtime.messages import StepOrders, WorkerReport
+from kvbm.runtime.observer import Observer
 from kvbm.vllm_integration import compat
+from kvbm.vllm_integration.events import KvEvents, merge_events
 from kvbm.vllm_integration.identity import Geometry, engine_namespace, geometry, identify
+from kvbm.vllm_integration.stats import StatsSource
 
 logger = logging.getLogger(__name__)
 
@@ -20,25 +25,36 @@ logger = logging.getLogger(__name__)
 class SchedulerSide:
     """Every method is called by vLLM's scheduler, on its thread, and returns at once.
 
-    leader: None where nothing can be cached.
+    leader: None where nothing can be cached. events_mode: how to merge KV events with the engine's, if it has
+    any; None: not at all.
     """
 
-    def __init__(self, leader: Leader | None, block_size: int) -> None:
+    def __init__(self, leader: Leader | None, block_size: int, events_mode: str | None = None) -> None:
         self.leader = leader
         self._block_size = block_size
         self._requests: dict[str, Any] = {}
         self._extra_keys: dict[str, Mapping[int, bytes]] = {}  # of multimodal items, by block
         self._refused: set[str] = set()
-        self._offered: dict[str, tuple[int, bool]] = {}  # last offer to vLLM: first block, inside the step?
+        # The last offer to vLLM: first block, blocks of use, inside the step?
+        self._offered: dict[str, tuple[int, int, bool]] = {}
         self._loading: set[str] = set()  # waiting for their load
         # Whom the engine is busy with: of the last step, and already chosen for the one being made.
         self._running: set[str] = set()
         self._block_pool: Any = None
         self._held: Counter[int] = Counter()  # device blocks that offloads of finished requests read
+        self._events_mode = events_mode
+        self._events: KvEvents | None = None
+        self.stats: StatsSource | None = None  # for vLLM's own metrics
+        self.observer: Observer | None = None
+        self.server: Server | None = None
 
     def bind_block_pool(self, block_pool: Any) -> None:
         self._block_pool = block_pool
         compat.before_reset(block_pool, self._release_held)
+        if self.leader is not None and self._events_mode is not None:
+            self._events = merge_events(
+                block_pool, self.leader, block_size=self._block_size, mode=self._events_mode
+            )
 
     # ---- a request arrives ----
 
@@ -53,16 +69,17 @@ class SchedulerSide:
         self._hash(request)
         first = num_computed_tokens // self._block_size
         if request.skip_reading_prefix_cache:
+            leader.answered(request.request_id, 0, 0, 1, "the request asks not to read the cache")
             return 0, False
         # A step has to compute at least one token, and a whole block costs it no more.
-        useful = (request.num_tokens - 1) // self._block_size - first
-        blocks = leader.match(request.request_id, first, max(0, useful))
+        useful = max(0, (request.num_tokens - 1) // self._block_size - first)
+        blocks = leader.match(request.request_id, first, useful)
         if blocks is None:
             return None, False
         # An engine that has nothing else to do may as well start on the request while it is loaded. All
         # others would stand still meanwhile, so then the request waits and they go on.
         in_step = leader.loads_in_step and not self._running and not self._loading
-        self._offered[request.request_id] = (first, in_step)
+        self._offered[request.request_id] = (first, useful, in_step)
         return blocks * self._block_size, blocks > 0 and not in_step
 
     def allocated(self, request: Any, device_blocks: Sequence[int], num_external_tokens: int) -> None:
@@ -70,11 +87,14 @@ class SchedulerSide:
         leader, id_ = self.leader, request.request_id
         if leader is None or id_ not in self._requests:
             return
-        if num_external_tokens:
-            first, in_step = self._offered[id_]
+        loaded = num_external_tokens // self._block_size
+        if id_ in self._offered:
+            first, useful, _ = self._offered[id_]
+            leader.answered(id_, first, loaded, useful)
+        if loaded:
+            first, _, in_step = self._offered[id_]
             (self._running if in_step else self._loading).add(id_)
-            count = num_external_tokens // self._block_size
-            leader.load(id_, first, count, device_blocks, in_step=in_step)
+            leader.load(id_, first, loaded, device_blocks, in_step=in_step)
         else:
             leader.set_table(id_, device_blocks)
 
@@ -88,11 +108,17 @@ class SchedulerSide:
         identity = identify(request)
         if isinstance(identity, str):
             self._refused.add(id_)
-            self.leader.refuse(identity)
+            self.leader.refuse(identity, id_, request.num_prompt_tokens)
             return False
         self._requests[id_] = request
         self._extra_keys[id_] = identity.extra_keys(self._block_size)
-        self.leader.start(id_, salt=identity.salt, adapter=identity.adapter)
+        self.leader.start(
+            id_,
+            salt=identity.salt,
+            adapter=identity.adapter,
+            prompt_tokens=request.num_prompt_tokens,
+            first_block=hash(tuple(request.all_token_ids[: self._block_size])),
+        )
         return True
 
     def _hash(self, request: Any) -> None:
@@ -100,7 +126,10 @@ class SchedulerSide:
         hasher = self.leader.hasher(request.request_id) if self.leader else None
         if hasher is None or request.num_tokens - hasher.num_tokens < self._block_size:
             return
+        first = len(hasher)
         hasher.extend(request.all_token_ids[hasher.num_tokens :], self._extra_keys[request.request_id])
+        if self._events is not None:
+            self._events.note(request, hasher, first)
 
     # ---- a step ----
 
@@ -152,15 +181,19 @@ class SchedulerSide:
     def finish(self, request: Any, device_blocks: Sequence[int]) -> None:
         """The request has ended and vLLM is about to free its blocks; we keep those that copies read."""
         id_ = request.request_id
-        self._refused.discard(id_)
         self._running.discard(id_)
-        if self.leader is None or self._requests.get(id_) is None:
+        if self.leader is None or id_ not in self._requests:
+            if self.leader is not None and id_ in self._refused:
+                self.leader.ended(id_)
+            self._refused.discard(id_)
             return
         tokens = min(request.num_tokens, request.num_computed_tokens)
         if id_ in self._loading:  # counted as computed by vLLM, but not there yet
             tokens = 0
         self._hash(request)
+        hasher = self.leader.hasher(id_)
         outcome = self.leader.finish(id_, device_blocks, tokens // self._block_size)
+        self.leader.ended(id_, hasher, request.num_tokens - request.num_prompt_tokens)
         for held in outcome.hold:
             self._held.update(held.tolist())
         self._apply(outcome)
@@ -173,7 +206,17 @@ class SchedulerSide:
 
     @property
     def has_work(self) -> bool:
+        """Whether an engine without requests must step on."""
+        if self._events is not None and self._events.pending:
+            return True
         return self.leader is not None and self.leader.has_work
+
+    def close(self) -> None:
+        """The engine ends."""
+        if self.server is not None:
+            self.server.close()
+        if self.observer is not None:
+            self.observer.close()
 
     # ---- device blocks ----
 
@@ -204,6 +247,12 @@ def make_scheduler_side(vllm_config: Any, kv_cache_config: Any, config: Config) 
     if isinstance(shape, str):
         logger.warning("KVBM: caching is off: %s", shape)
         return SchedulerSide(None, 0)
+    observer = Observer(
+        config.observe,
+        shape.block_size,
+        engine=vllm_config.instance_id,
+        block_bytes=shape.host_bytes(1),
+    )
     leader = Leader(
         config,
         namespace=engine_namespace(vllm_config, kv_cache_config, shape),
@@ -212,8 +261,17 @@ def make_scheduler_side(vllm_config: Any, kv_cache_config: Any, config: Config) 
         ranks=shape.ranks,
         disk_slots=disk_slots_of(shape, config),
         disk_record_bytes=disk_record_bytes(shape.record_bytes, shape.ranks),
+        observer=observer,
     )
-    return SchedulerSide(leader, shape.block_size)
+    events_mode = config.observe.events_mode if config.observe.events else None
+    side = SchedulerSide(leader, shape.block_size, events_mode)
+    block_bytes, disk_block_bytes = shape.host_bytes(1), disk_record_bytes(shape.record_bytes, shape.ranks)
+    side.stats = StatsSource(leader, observer.log, block_bytes, disk_block_bytes)
+    side.observer = observer
+    if config.observe.metrics:
+        admin = Admin(leader, observer, block_bytes=block_bytes, disk_block_bytes=disk_block_bytes)
+        side.server = Server(admin, config.observe)
+    return side
 
 
 def slots_of(shape: Geometry, config: Config) -> int:

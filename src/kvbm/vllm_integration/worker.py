@@ -207,6 +207,7 @@ class WorkerSide:
             timed=self._timed,
             found=found,
             found_all=found_all,
+            foreign_records=self._found.foreign,
             disk_refused=disk_refused,
         )
 
@@ -268,6 +269,7 @@ class _FoundRecords:
         self._slots = np.empty(0, np.int32)
         self._hashes = np.empty((0, 2), np.uint64)
         self._told = 0
+        self.foreign = False
         self.wants_report = False
 
     def add(self, found: Sequence[Found]) -> None:
@@ -275,6 +277,7 @@ class _FoundRecords:
         if found:
             self._slots = np.concatenate([part.slots for part in found])
             self._hashes = np.concatenate([part.hashes for part in found])
+            self.foreign = any(part.foreign for part in found)
             self.wants_report = True
 
     def next_piece(self) -> tuple[tuple[BlockIds, Hashes] | None, bool]:
