@@ -280,6 +280,9 @@ class ObserveConfig(msgspec.Struct, frozen=True, kw_only=True):
         _Seconds,
         _key("DYN_KVBM_CACHE_STATS_LOG_INTERVAL_SECS", "Seconds between two log lines with the hit rates."),
     ] = 5.0
+    log_json: Annotated[
+        _Flag, _key("DYN_LOGGING_JSONL", "Log lines of KVBM as JSON, one object a line, on standard error.")
+    ] = False
     history_blocks: Annotated[
         _Count,
         _key(

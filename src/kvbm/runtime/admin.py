@@ -5,6 +5,7 @@ idle engine makes none, so a prefetch then begins with the next request.
 """
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -20,6 +21,8 @@ from kvbm.observe.requests import Explanation, RequestRecord
 from kvbm.runtime.leader import Leader
 from kvbm.runtime.observer import Observer
 from kvbm.runtime.upkeep import Upkeep
+
+logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -111,7 +114,10 @@ class Admin:
         self._known_tier(tier)
         if tier is not None and salt is not None:
             raise UsageError("A salt is cleared in all tiers: give either tier or salt.")
-        return self._do(lambda upkeep, now: upkeep.clear(tier, salt))
+        blocks = self._do(lambda upkeep, now: upkeep.clear(tier, salt))
+        what = "of one salt" if salt is not None else f"of the {tier} tier" if tier else "of all tiers"
+        logger.info("KVBM: cleared on request: %d blocks %s", blocks, what)
+        return blocks
 
     def resize(self, tier: str, blocks: int) -> int:
         """Use at most so many blocks of what the tier was started with; returns how many those are."""
@@ -121,6 +127,7 @@ class Admin:
         if not 1 <= blocks <= capacity:
             raise UsageError(f"The {tier} tier was started with {capacity} blocks: give from 1 to that many.")
         self._do(lambda upkeep, now: (upkeep.resize(tier, blocks), True))
+        logger.info("KVBM: resized on request: the %s tier uses %d of %d blocks", tier, blocks, capacity)
         return blocks
 
     def pin(self, tokens: Sequence[int], ttl_s: float, salt: str | None = None) -> tuple[str, int]:
@@ -132,6 +139,7 @@ class Admin:
                 "The host tier holds nothing of this prefix, or half of the tier is pinned already: send the "
                 "prompt or prefetch it first, or unpin something."
             )
+        logger.info("KVBM: pinned on request: %s, %d blocks for %g s", name, blocks, ttl_s)
         return name, blocks
 
     def unpin(self, name: str) -> int:
@@ -139,6 +147,7 @@ class Admin:
         blocks = self._do(lambda upkeep, now: upkeep.unpin(name))
         if not blocks:
             raise StateError(f"There is no pin {name!r}, or it has expired.")
+        logger.info("KVBM: unpinned on request: %s, %d blocks", name, blocks)
         return blocks
 
     def prefetch(self, tokens: Sequence[int], salt: str | None = None) -> tuple[int, int]:
@@ -153,6 +162,7 @@ class Admin:
         found = self._do(lambda upkeep, now: (upkeep.prefetch(name, hashes),))[0]
         if found is None:
             raise StateError("Too many prefetches wait for the engine's next steps: try again later.")
+        logger.info("KVBM: prefetch on request: %d blocks in the host tier, %d on disk", *found)
         return found
 
     # ---- inside ----

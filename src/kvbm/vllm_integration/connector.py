@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvbm.config import Config, load_config
 from kvbm.errors import LostLoadError
+from kvbm.observe.logs import log_json
 from kvbm.runtime.messages import StepOrders, WorkerReport
 from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.scheduler import SchedulerSide, make_scheduler_side
@@ -84,8 +85,11 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        _log_as_vllm()
         config = load_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        if config.observe.log_json:
+            log_json()
+        else:
+            _log_as_vllm()
         compat.check_engine_version(vllm.__version__, allow_untested=config.engine.allow_untested)
         self.scheduler_side: SchedulerSide | None = None
         self.worker_side: WorkerSide | None = None
