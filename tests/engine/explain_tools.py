@@ -148,6 +148,11 @@ def clear(llm: Any, *args: Any) -> int:
     return admin(llm).clear(*args)
 
 
+def wanted(llm: Any) -> int:
+    """Blocks that the last requests wanted of KVBM."""
+    return admin(llm).measure().host_rate.wanted
+
+
 def misses(llm: Any) -> dict[str, int]:
     return admin(llm).misses()
 

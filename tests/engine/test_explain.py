@@ -172,7 +172,9 @@ def test_prompt_logprobs(host: Engine, prompts: Prompts) -> None:
     """Such a request needs the whole prompt computed: vLLM says that it must not read any cache."""
     one = make(prompts, 970)
     host.call(explain.ask, one)
+    wanted = host.call(explain.wanted)
     told = host.call(explain.ask_for_logprobs, one)
+    assert host.call(explain.wanted) == wanted, "it has no part in the hit rate"
     check(told, "feature not supported", "KVBM was not asked: the request asks not to read the cache.")
 
 

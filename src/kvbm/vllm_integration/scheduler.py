@@ -69,7 +69,7 @@ class SchedulerSide:
         self._hash(request)
         first = num_computed_tokens // self._block_size
         if request.skip_reading_prefix_cache:
-            leader.answered(request.request_id, 0, 0, 1, "the request asks not to read the cache")
+            leader.answered(request.request_id, 0, 0, 0, "the request asks not to read the cache")
             return 0, False
         # A step has to compute at least one token, and a whole block costs it no more.
         useful = max(0, (request.num_tokens - 1) // self._block_size - first)
