@@ -1,5 +1,6 @@
 """KV events as a router receives them over ZMQ from a real engine, in vLLM's own types."""
 
+import contextlib
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -274,6 +275,8 @@ def test_a_block_is_described_as_vllm_does(what: str, first: int, hash_size: int
         ),
         disk=None,
         off_reason=None,
+        lock=contextlib.nullcontext(),
+        administered=False,
         subscribe=lambda subscriber: None,
     )
     ours = KvEvents(pool, leader, block_size=4, mode="dedup")
