@@ -42,14 +42,20 @@ class DiskStats:
     """What happened, counted in blocks when it was complete."""
 
     recovered_blocks: int = 0  # found on disk at start
-    written_blocks: int = 0
-    read_blocks: int = 0
     not_admitted_blocks: int = 0  # the filter had not seen them often enough
     dropped_blocks: int = 0  # admitted, but the queue or the budget was full, or the tier had no room
     declined_blocks: int = 0  # on disk, but sooner computed again
     failures: Counter[tuple[Direction, Failure]] = field(default_factory=Counter)
     write: Edge = field(default_factory=Edge)
     read: Edge = field(default_factory=Edge)
+
+    @property
+    def written_blocks(self) -> int:
+        return self.write.blocks
+
+    @property
+    def read_blocks(self) -> int:
+        return self.read.blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,7 +416,6 @@ class DiskTier:
             self._arriving[host] = False
             arrived = host[~failed & (self._host.states(host) == _COMPLETE)]
             self._host.register(arrived)
-            self.stats.read_blocks += len(arrived)
             self.stats.read.done(len(arrived), len(host) - len(arrived), self._now - transfer.started)
             if self._estimate is not None and transfer.seconds:
                 self._estimate.read(len(host), transfer.seconds, self._now)
@@ -424,7 +429,6 @@ class DiskTier:
             self._queued_writes -= len(host)
             written = disk[~failed & (self.pool.states(disk) == _COMPLETE)]
             self.pool.register(written)
-            self.stats.written_blocks += len(written)
             self.stats.write.done(len(written), len(host) - len(written), self._now - transfer.started)
             self._withdraw(disk[failed])
             # Failed, or cleared while they were written: some ranks may have them.

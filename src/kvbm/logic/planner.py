@@ -38,13 +38,19 @@ class Stats:
     """What happened, counted in blocks when it was complete."""
 
     matched_blocks: int = 0  # offered to the engine and accepted
-    onboarded_blocks: int = 0
-    offloaded_blocks: int = 0
     shared_blocks: int = 0  # full blocks that needed no copy because the host had them
     deferred_blocks: int = 0  # found no room, or the queue full; counted each time they were wanted
     failures: Counter[tuple[Direction, Failure]] = field(default_factory=Counter)  # in blocks
     offload: Edge = field(default_factory=Edge)
     onboard: Edge = field(default_factory=Edge)
+
+    @property
+    def offloaded_blocks(self) -> int:
+        return self.offload.blocks
+
+    @property
+    def onboarded_blocks(self) -> int:
+        return self.onboard.blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -442,12 +448,10 @@ class Planner:
             written = slots[~in_flight.failed & (self.pool.states(slots) == _COMPLETE)]
             self.pool.register(written)
             self._seen(written)
-            self.stats.offloaded_blocks += len(written)
             self.stats.offload.done(len(written), failed, now - in_flight.started)
             if failed:
                 self.drop(in_flight.failed_slots, count_failure=in_flight.reason > Failure.CANCELLED)
         else:
-            self.stats.onboarded_blocks += len(slots) - failed
             self.stats.onboard.done(len(slots) - failed, failed, now - in_flight.started)
             loaded = Loaded(
                 operation.id,
