@@ -90,7 +90,7 @@ class Engine:
 
     def _start(self, request: Any) -> None:
         matched, _ = self.side.match(request, 0)
-        self.side.allocated(request, TABLE, matched or 0)
+        self.side.allocated(request, [TABLE], matched or 0)
 
     def step(self) -> float:
         """Returns the seconds of CPU in KVBM's hooks."""
@@ -100,7 +100,7 @@ class Engine:
             ended = self.running.pop(0)
             request = self._arrive()
             start = time.thread_time()
-            self.side.finish(ended, TABLE)
+            self.side.finish(ended, [TABLE])
             self._start(request)
             spent += time.thread_time() - start
             self.running.append(request)

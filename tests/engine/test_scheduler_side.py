@@ -69,7 +69,7 @@ class Scheduler:
         """From the waiting queue; returns the tokens to load. `request.waits`: whether it waits for them."""
         external, request.waits = self.side.match(request, device_hit)
         assert external is not None
-        self.side.allocated(request, blocks, external)
+        self.side.allocated(request, [blocks], external)
         request.num_computed_tokens = device_hit + external
         return external
 
@@ -126,7 +126,7 @@ class Scheduler:
             assert self.admit(request, blocks) == 0
             for operation in self.step({request: request.num_tokens}, new=(request,)).operations:
                 self.report(operation)
-            self.side.finish(request, blocks)
+            self.side.finish(request, [blocks])
             self.step()
 
     def pinned(self) -> int:
@@ -236,7 +236,7 @@ def test_nothing_is_stored_while_a_load_is_under_way() -> None:
     scheduler.admit(first, [5, 6, 7, 8])
     (operation,) = scheduler.step({first: 13}, new=(first,)).operations
     scheduler.report(operation)
-    scheduler.side.finish(first, [5, 6, 7, 8])
+    scheduler.side.finish(first, [[5, 6, 7, 8]])
 
     second = make_request("b", tokens=21)
     assert scheduler.admit(second, [11, 12, 13, 14, 15, 16]) == 12
@@ -244,7 +244,7 @@ def test_nothing_is_stored_while_a_load_is_under_way() -> None:
     assert [operation.direction for operation in orders.operations] == [Direction.ONBOARD]
     assert orders.operations[0].device_blocks.tolist() == [11, 12, 13]
     second.num_computed_tokens = 20  # as if more had been counted
-    scheduler.side.finish(second, [11, 12, 13, 14, 15, 16])  # aborted
+    scheduler.side.finish(second, [[11, 12, 13, 14, 15, 16]])  # aborted
     assert scheduler.step().operations == []
     scheduler.report(orders.operations[0])
     assert scheduler.pool.in_use() == {}
@@ -273,7 +273,7 @@ def test_resumed_after_preemption(v2: bool, same_step: bool) -> None:
     assert [load.device_blocks.tolist() for load in loads] == [[21, 22]]
     scheduler.report(loads[0])
 
-    scheduler.side.allocated(request, [21, 22, 23], 0)  # the load is over, it is admitted again
+    scheduler.side.allocated(request, [[21, 22, 23]], 0)  # the load is over, it is admitted again
     orders = scheduler.step({request: 3}, resumed=(request,), blocks={"r": [21, 22, 23]})
     assert scheduler.stored(orders, request) == {}
     stored: dict[int, int] = {}
@@ -283,7 +283,7 @@ def test_resumed_after_preemption(v2: bool, same_step: bool) -> None:
             grows = (request.num_computed_tokens + 1) % BLOCK == 1
             orders = scheduler.step({request: 1}, blocks={"r": [block]} if grows else None)
             stored |= scheduler.stored(orders, request)
-    scheduler.side.finish(request, [21, 22, 23, 24, 25, 26])
+    scheduler.side.finish(request, [[21, 22, 23, 24, 25, 26]])
     stored |= scheduler.stored(scheduler.step(), request)
     assert stored == {2: 23, 3: 24, 4: 25} or stored == {2: 23, 3: 24}
 
@@ -317,7 +317,7 @@ def test_resumed_without_host_hit(v2: bool, same_step: bool) -> None:
         grows = request.num_computed_tokens % BLOCK == 0
         orders = scheduler.step({request: 1}, blocks={"r": [24]} if grows else None)
         stored |= scheduler.stored(orders, request)
-    scheduler.side.finish(request, [21, 22, 23, 24])
+    scheduler.side.finish(request, [[21, 22, 23, 24]])
     stored |= scheduler.stored(scheduler.step(), request)
     assert {block: device for block, device in stored.items() if block > 2 or device < 20} == {}
     assert stored == {0: 21, 1: 22, 2: 23}
@@ -327,7 +327,7 @@ def test_finish_holds_the_blocks_that_offloads_read() -> None:
     scheduler, request = Scheduler(), make_request(tokens=12)
     scheduler.admit(request, [5, 6, 7])
     orders = scheduler.step({request: 12}, new=(request,))
-    scheduler.side.finish(request, [5, 6, 7])
+    scheduler.side.finish(request, [[5, 6, 7]])
     assert scheduler.pool.in_use() == {5: 1, 6: 1, 7: 1}
     for operation in orders.operations + scheduler.step().operations:
         scheduler.report(operation)
@@ -339,7 +339,7 @@ def test_reset_is_possible_while_offloads_read() -> None:
     scheduler, request = Scheduler(), make_request(tokens=12)
     scheduler.admit(request, [5, 6, 7])
     orders = scheduler.step({request: 12}, new=(request,))
-    scheduler.side.finish(request, [5, 6, 7])
+    scheduler.side.finish(request, [[5, 6, 7]])
     assert scheduler.pool.reset_prefix_cache()
     assert scheduler.step().cancel == [operation.id for operation in orders.operations]
     for operation in orders.operations:
@@ -354,7 +354,7 @@ def test_reset_is_possible_after_a_load_timed_out_on_the_same_blocks() -> None:
     scheduler.admit(first, [5, 6, 7])
     (operation,) = scheduler.step({first: 9}, new=(first,)).operations
     scheduler.report(operation)
-    scheduler.side.finish(first, [5, 6, 7])
+    scheduler.side.finish(first, [[5, 6, 7]])
     for operation in scheduler.step().operations:
         scheduler.report(operation)
 
@@ -366,12 +366,12 @@ def test_reset_is_possible_after_a_load_timed_out_on_the_same_blocks() -> None:
     scheduler.report(load, failed=True)
     assert scheduler.pool.in_use() == {}
     second.num_computed_tokens = 0
-    scheduler.side.finish(second, [])
+    scheduler.side.finish(second, [[]])
 
     third = make_request("c", tokens=9, first=5000)
     scheduler.admit(third, [11, 12, 13])
     scheduler.step({third: 9}, new=(third,))
-    scheduler.side.finish(third, [11, 12, 13])
+    scheduler.side.finish(third, [[11, 12, 13]])
     assert scheduler.pool.in_use() == {11: 1, 12: 1}
     assert scheduler.pool.reset_prefix_cache()
 
@@ -381,7 +381,7 @@ def test_request_that_is_not_cached() -> None:
     request.prompt_embeds = object()
     assert scheduler.admit(request, [5, 6, 7]) == 0
     assert scheduler.step({request: 12}, new=(request,)).operations == []
-    scheduler.side.finish(request, [5, 6, 7])
+    scheduler.side.finish(request, [[5, 6, 7]])
     assert scheduler.leader.not_cached == {"prompt embeddings": 1}
     assert scheduler.pool.in_use() == {}
 
@@ -417,7 +417,7 @@ def test_in_step_only_where_all_ranks_can(can: tuple[bool, bool], offered: bool)
     for operation in scheduler.step({first: 10}, new=(first,)).operations:
         scheduler.report(operation, rank=0)
         scheduler.report(operation, rank=1)
-    scheduler.side.finish(first, [5, 6, 7])
+    scheduler.side.finish(first, [[5, 6, 7]])
     scheduler.step()
 
     assert scheduler.admit(second, [11, 12, 13]) == 2 * BLOCK
@@ -526,7 +526,7 @@ def test_a_load_waits_while_another_request_runs() -> None:
     decode(runs)
     scheduler.step({runs: 1})
     assert scheduler.side.match(make_request("c"), 0) == (2 * BLOCK, True)
-    scheduler.side.finish(runs, [31, 32, 33])
+    scheduler.side.finish(runs, [[31, 32, 33]])
     assert scheduler.side.match(make_request("d"), 0) == (2 * BLOCK, False)
 
 
@@ -538,7 +538,7 @@ def test_a_request_that_is_not_cached_keeps_the_engine_busy_too() -> None:
     scheduler.admit(stranger, [31, 32, 33])
     scheduler.step({stranger: 10}, new=(stranger,))
     assert scheduler.side.match(make_request("b"), 0) == (2 * BLOCK, True)
-    scheduler.side.finish(stranger, [31, 32, 33])
+    scheduler.side.finish(stranger, [[31, 32, 33]])
     assert scheduler.side.match(make_request("b"), 0) == (2 * BLOCK, False)
 
 
@@ -551,7 +551,7 @@ def test_a_load_waits_while_another_request_waits_for_its_load() -> None:
     scheduler.admit(waits, [11, 12, 13])
     assert waits.waits is True
     loads = [load for load in scheduler.step({runs: 1}).operations if load.direction == Direction.ONBOARD]
-    scheduler.side.finish(runs, [31, 32, 33])
+    scheduler.side.finish(runs, [[31, 32, 33]])
     scheduler.step()
     assert scheduler.side.match(make_request("b"), 0) == (2 * BLOCK, True)
     scheduler.report(loads[0])
@@ -612,7 +612,7 @@ def test_a_request_that_is_offered_nothing_is_computed() -> None:
     orders = scheduler.step({request: BLOCK}, new=(request,))
     assert orders.operations == []  # nothing to load, and the host has what it computes
     assert scheduler.pinned() == 1
-    scheduler.side.finish(request, [11])
+    scheduler.side.finish(request, [[11]])
     assert scheduler.pinned() == 0
 
 
@@ -627,7 +627,7 @@ def test_the_completion_of_a_load_in_step_releases_its_pins() -> None:
     scheduler.report(load)
     assert scheduler.pinned() == 2
     assert scheduler.leader.stats.onboarded_blocks == 2
-    scheduler.side.finish(request, [11, 12, 13])
+    scheduler.side.finish(request, [[11, 12, 13]])
     assert (scheduler.pinned(), scheduler.pool.in_use(), scheduler.side.has_work) == (0, {}, False)
 
 
@@ -643,7 +643,7 @@ def test_request_ends_while_its_load_in_step_is_under_way(tokens_out: int) -> No
     (load,) = scheduler.step({request: 2}, new=(request,)).operations
     if tokens_out:
         decode(request, tokens_out)
-    scheduler.side.finish(request, [11, 12, 13])
+    scheduler.side.finish(request, [[11, 12, 13]])
     # The engine may give the device blocks to others: what these do is ordered behind the load.
     assert scheduler.pool.in_use() == {}
     assert scheduler.pinned() > 0  # the copy reads the host blocks
@@ -661,7 +661,7 @@ def test_request_aborted_before_its_load_in_step_was_ordered() -> None:
     scheduler.store(make_request("a"))
     scheduler.admit(request, [11, 12, 13])
     request.num_computed_tokens = 0
-    scheduler.side.finish(request, [11, 12, 13])
+    scheduler.side.finish(request, [[11, 12, 13]])
     for load in scheduler.step().operations:
         scheduler.report(load)
     assert (scheduler.pinned(), scheduler.pool.in_use(), scheduler.side.has_work) == (0, {}, False)
@@ -673,7 +673,7 @@ def test_a_load_in_step_that_can_not_be_planned_is_ordered_to_fail_in_step() -> 
     scheduler.store(make_request("a"))
     assert scheduler.side.match(request, 0) == (2 * BLOCK, False)
     scheduler.leader.off_reason = "test"
-    scheduler.side.allocated(request, [11, 12, 13], 2 * BLOCK)
+    scheduler.side.allocated(request, [[11, 12, 13]], 2 * BLOCK)
     (load,) = scheduler.step({request: 2}, new=(request,)).operations
     assert (load.in_step, load.device_blocks.tolist(), load.host_slots.tolist()) == (True, [11, 12], [-1, -1])
 
@@ -685,11 +685,11 @@ def test_all_ranks_must_have_loaded_in_step() -> None:
     for operation in scheduler.step({first: 10}, new=(first,)).operations:
         scheduler.report(operation, rank=0)
         scheduler.report(operation, rank=1)
-    scheduler.side.finish(first, [5, 6, 7])
+    scheduler.side.finish(first, [[5, 6, 7]])
     scheduler.step()
     scheduler.admit(second, [11, 12, 13])
     (load,) = scheduler.step({second: 2}, new=(second,)).operations
-    scheduler.side.finish(second, [11, 12, 13])
+    scheduler.side.finish(second, [[11, 12, 13]])
     scheduler.report(load, rank=1)
     assert scheduler.pinned() > 0
     scheduler.report(load, rank=0)
@@ -707,7 +707,7 @@ def test_a_request_whose_load_in_step_failed_is_left_alone() -> None:
     request.num_computed_tokens = 0  # vLLM computes it again, in the same device blocks
     assert scheduler.side.match(request, 0) == (0, False)
     scheduler.step({request: 10})
-    scheduler.side.finish(request, [11, 12, 13])
+    scheduler.side.finish(request, [[11, 12, 13]])
     orders = scheduler.step()
     assert scheduler.stored(orders, request) == {}
     assert (scheduler.pinned(), scheduler.visible(request), scheduler.pool.in_use()) == (0, 0, {})

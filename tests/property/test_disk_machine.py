@@ -254,7 +254,7 @@ class Simulation:
         request = self.some("running") if self.random.random() < 0.7 else self.some("waiting", "loading")
         if request is not None:
             computed = request.computed if request.state == "running" else 0
-            self.leader.finish(request.id, request.table, computed)
+            self.leader.finish(request.id, computed, request.table)
             del self.requests[request.id]
 
     def serve(self) -> None:
@@ -565,7 +565,7 @@ class Simulation:
         for in_flight in planner._in_flight.values():
             followed |= {id(request): request for request, _ in in_flight.members}
         for request in followed.values():
-            np.add.at(host, request.chain.rows, 1)
+            np.add.at(host, request.chains[0].rows, 1)
         for fetch in self.disk._fetches.values():
             np.add.at(host, fetch.slots, 1)
         for slots, _ in self.leader.upkeep._pins.values():

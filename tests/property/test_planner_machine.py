@@ -20,7 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvbm.logic.hashing import SequenceHasher, root_hash
 from kvbm.logic.operations import Completion, Direction, Failure, Operation
-from kvbm.logic.planner import Outcome, Planner
+from kvbm.logic.outcome import Outcome
+from kvbm.logic.planner import Planner
 from kvbm.logic.policies import Lru, SegmentedLru
 from kvbm.logic.pool import BlockEvent, BlockPool, BlockState, EventKind
 from kvbm.runtime.upkeep import Upkeep
@@ -269,7 +270,7 @@ class PlannerMachine(RuleBasedStateMachine):
                     self.device[rank][request.table[block]] = request.prefix(block), rank
                 request.computed = block + 1
             computed.append((request.id, request.computed))
-        self.start_copies(self.planner.store(computed, self.now))
+        self.start_copies(self.planner.store(computed, self.now)[0])
 
     def full(self) -> list[Request]:
         return [r for r in self.in_state("running") if r.computed == r.blocks < MAX_BLOCKS + 2]
@@ -303,8 +304,8 @@ class PlannerMachine(RuleBasedStateMachine):
     def finish(self, which: int) -> None:
         """A request ends, or is aborted, in whatever state it is."""
         request = self.pick(self.in_state("waiting", "loading", "running"), which)
-        operations, outcome = self.planner.finish(request.id, request.table, request.computed, self.now)
-        assert self.planner.finish(request.id, request.table, request.computed, self.now)[0] == []
+        operations, outcome = self.planner.finish(request.id, request.computed, self.now, request.table)
+        assert self.planner.finish(request.id, request.computed, self.now, request.table)[0] == []
         self.start_copies(operations)
         self.apply(outcome)
         if request.state == "loading":
@@ -624,7 +625,7 @@ class PlannerMachine(RuleBasedStateMachine):
             if followed is None:
                 assert request.aborted
                 continue
-            chain = followed.chain.rows
+            chain = followed.chains[0].rows
             assert len(chain) <= len(request.hasher)
             assert self.pool.find(request.hasher.hashes[: len(chain)]).tolist() == chain.tolist()
             assert (self.pool.pins(chain) > 0).all()
@@ -644,7 +645,7 @@ class PlannerMachine(RuleBasedStateMachine):
         for in_flight in self.planner._in_flight.values():
             followed |= {id(r): r for r, _ in in_flight.members}
         for request in followed.values():
-            np.add.at(expected, request.chain.rows, 1)
+            np.add.at(expected, request.chains[0].rows, 1)
         for slots, _ in self.upkeep._pins.values():
             np.add.at(expected, slots, 1)
         assert self.pool.pins(np.arange(self.pool.capacity)).tolist() == expected.tolist()

@@ -85,7 +85,7 @@ class Engine:
         self.step()
         leader.store([(id_, blocks)])
         self.step()
-        leader.finish(id_, table, blocks)
+        leader.finish(id_, blocks, table)
         leader.ended(id_, hasher, 1)
         while self.step():
             pass

@@ -183,7 +183,7 @@ class Engine:
 
     def end(self, id_: str, computed: int | None = None) -> None:
         full = self._prompts.pop(id_) // BLOCK
-        self.leader.finish(id_, self._tables.pop(id_, []), full if computed is None else computed)
+        self.leader.finish(id_, full if computed is None else computed, self._tables.pop(id_, []))
         self.leader.ended(id_)
 
     def serve(self, id_: str, tokens: Sequence[int], device: int = 0, **identity: Any) -> RequestRecord:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvbm.vllm_integration.fingerprint import adapter_fingerprint, fingerprint
+from kvbm.runtime.fingerprint import adapter_fingerprint, fingerprint
 
 
 @pytest.fixture

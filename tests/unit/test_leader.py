@@ -9,7 +9,7 @@ import pytest
 from kvbm.config import load_config
 from kvbm.errors import ConfigError
 from kvbm.logic.operations import Completion, Direction, Failure
-from kvbm.logic.planner import Outcome
+from kvbm.logic.outcome import Outcome
 from kvbm.logic.pool import BlockEvent, EventKind
 from kvbm.runtime.leader import Leader
 from kvbm.runtime.messages import StepOrders, WorkerReport
@@ -77,7 +77,7 @@ def cached(leader: Leader, blocks: int = 3) -> Leader:
     leader.set_table("first", list(range(blocks)))
     leader.store([("first", blocks)])
     done(leader, leader.take_orders())
-    leader.finish("first", list(range(blocks)), blocks)
+    leader.finish("first", blocks, list(range(blocks)))
     assert leader.pool.num_registered == blocks
     return leader
 
@@ -151,7 +151,7 @@ def test_a_match_follows_the_tokens() -> None:
 def test_finish_holds_what_is_read_and_completion_releases_it() -> None:
     leader = make_ready(make_leader()[0])
     arrive(leader, "a", 8)
-    outcome = leader.finish("a", [5, 6], 2)
+    outcome = leader.finish("a", 2, [5, 6])
     assert [blocks.tolist() for blocks in outcome.hold] == [[5, 6]]
     outcomes = done(leader, leader.take_orders())
     assert [blocks.tolist() for o in outcomes for blocks in o.release] == [[5, 6]]
@@ -167,14 +167,14 @@ def test_finish_after_preemption_holds_only_the_blocks_that_the_request_has() ->
     leader.preempt("a")
     orders = leader.take_orders()
     assert orders.cancel == [operation.id for operation in orders.operations]
-    outcome = leader.finish("a", [], 0)
+    outcome = leader.finish("a", 0, [])
     assert [blocks.tolist() for blocks in outcome.hold] == []
 
 
 def test_abandon_cancels_and_releases() -> None:
     leader = make_ready(make_leader()[0])
     arrive(leader, "a", 8)
-    leader.finish("a", [5, 6], 2)
+    leader.finish("a", 2, [5, 6])
     outcome = leader.abandon()
     assert [blocks.tolist() for blocks in outcome.release] == [[5, 6]]
     orders = leader.take_orders()
@@ -207,7 +207,7 @@ def test_unknown_requests_are_nobody() -> None:
     leader.extend_table("x", [1])
     leader.store([("x", 3)])
     leader.preempt("x")
-    assert leader.finish("x", [1], 1) == Outcome()
+    assert leader.finish("x", 1, [1]) == Outcome()
     assert leader.take_orders() == StepOrders()
     assert leader.off_reason is None
 
@@ -319,7 +319,7 @@ def test_a_load_says_whether_the_step_reads_it(in_step: bool) -> None:
 def test_a_request_that_ends_before_all_are_ready_is_not_stored() -> None:
     leader, _ = make_leader()
     arrive(leader, "a", 8)
-    assert leader.finish("a", [1, 2], 2) == Outcome()
+    assert leader.finish("a", 2, [1, 2]) == Outcome()
     assert leader.take_orders().operations == []
 
 
@@ -446,7 +446,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "extend_table": ("a", [1]),
     "store": ([("a", 1)],),
     "preempt": ("a",),
-    "finish": ("a", [1], 1),
+    "finish": ("a", 1, [1]),
     "abandon": (),
     "receive": ([WorkerReport(0, SLOTS, SLOTS, completions=[Completion(0, np.empty(0, np.int32))])],),
     "tick": (),
@@ -458,7 +458,7 @@ ANSWERS: dict[str, Any] = {
     "match": 0,
     "set_table": None,
     "extend_table": None,
-    "store": None,
+    "store": Outcome(),
     "preempt": None,
     "finish": Outcome(),
     "abandon": Outcome(),

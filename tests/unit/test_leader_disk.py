@@ -91,7 +91,7 @@ class Engine:
         self.leader.store([(request, blocks)])
         operations = self.step().operations
         self.done(*operations)
-        self.leader.finish(request, list(range(blocks)), blocks)
+        self.leader.finish(request, blocks, list(range(blocks)))
         writes = self.step().operations
         self.done(*writes)
         return operations + writes
@@ -129,7 +129,7 @@ def test_from_device_to_disk_and_back() -> None:
     e.done(*orders.operations)
     assert e.leader.stats.onboarded_blocks == 3
     assert not e.leader.has_work
-    e.leader.finish("b", [4, 5, 6, 7], 3)
+    e.leader.finish("b", 3, [4, 5, 6, 7])
     assert not e.leader.pool.pins(np.arange(HOST)).any()
     assert not e.disk.pool.pins(np.arange(DISK)).any()
 
@@ -253,7 +253,7 @@ def test_a_request_that_is_aborted_while_it_waits() -> None:
     e.arrive("b", 2)
     assert e.leader.match("b", 0, 2) is None
     (read,) = e.step().operations
-    e.leader.finish("b", [], 0)
+    e.leader.finish("b", 0, [])
     e.done(read)
     assert not e.leader.pool.pins(np.arange(HOST)).any()
     assert not e.leader.has_work
@@ -354,7 +354,7 @@ def test_a_refusal_while_a_request_waits() -> None:
     assert e.leader.match("b", 0, 2) is None  # the other rank still writes to the host slots
     e.report(1, (Completion(read.id, read.positions[:0]),))
     assert e.leader.match("b", 0, 2) == 0
-    e.leader.finish("b", [], 0)
+    e.leader.finish("b", 0, [])
     assert not e.leader.pool.pins(np.arange(HOST)).any()
 
 
@@ -386,7 +386,7 @@ def test_what_was_ordered_but_not_taken_is_not_written_after_the_clearing() -> N
     orders = e.step()
     assert orders.operations == []
     assert orders.forget_all
-    e.leader.finish("a", [], 0)
+    e.leader.finish("a", 0, [])
     assert not e.disk.pool.pins(np.arange(DISK)).any()
     assert not e.leader.pool.pins(np.arange(HOST)).any()
 
@@ -478,7 +478,7 @@ def test_what_is_computed_sooner_is_not_read() -> None:
     (read,) = e.step().operations
     e.report(0, (Completion(read.id, read.positions[:0], seconds=1.0),))
     e.report(1, (Completion(read.id, read.positions[:0], seconds=3.0),))
-    e.leader.finish("b", [], 0)
+    e.leader.finish("b", 0, [])
     e.lose()
     e.arrive("c", 3)
     assert e.leader.match("c", 0, 3) == 0

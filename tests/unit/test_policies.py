@@ -108,7 +108,7 @@ def test_tail_goes_before_head_in_whatever_order_its_copies_end(
     hasher = SequenceHasher(root_hash(b"n", 1), 1)
     hasher.extend(range(6))
     planner.add_request("a", hasher)
-    operations, _ = planner.finish("a", range(6), 6, 0.0)
+    operations, _ = planner.finish("a", 6, 0.0, range(6))
     for i in ends:
         planner.complete(0, Completion(operations[i].id, np.empty(0, np.int32)))
     for taken in range(1, 9):
@@ -170,8 +170,8 @@ def test_scan_through_the_planner(policy: type[EvictionPolicy], left: int) -> No
             assert load is not None
             planner.complete(0, Completion(load.id, np.empty(0, np.int32)))
         for done in range(cached, len(tokens), 10):
-            operations += planner.store([(id_, min(done + 10, len(tokens)))], 0.0)
-        more, _ = planner.finish(id_, table, len(tokens), 0.0)
+            operations += planner.store([(id_, min(done + 10, len(tokens)))], 0.0)[0]
+        more, _ = planner.finish(id_, len(tokens), 0.0, table)
         for operation in [*operations, *more]:
             assert operation.direction == Direction.OFFLOAD
             planner.complete(0, Completion(operation.id, np.empty(0, np.int32)))

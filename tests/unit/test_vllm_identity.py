@@ -7,6 +7,8 @@ import pytest
 
 from kvbm.config import load_config
 from kvbm.errors import CapacityError, UnsupportedEngineError
+from kvbm.logic.groups import FULL, KvGroup, KvGroups
+from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.compat import check_engine_version
 from kvbm.vllm_integration.identity import Geometry, geometry, identify
 from kvbm.vllm_integration.scheduler import slots_of
@@ -74,27 +76,93 @@ class FullAttentionSpec:
 
 
 class SlidingWindowSpec(FullAttentionSpec):
+    sliding_window = 40
+
+
+class MambaSpec(FullAttentionSpec):
+    mamba_cache_mode = "align"
+    num_speculative_blocks = 0
+    real_page_size_bytes = 900
+
+
+class SmallBlocks(FullAttentionSpec):
+    block_size = 8
+
+
+SmallBlocks.__name__ = "FullAttentionSpec"
+
+
+class ChunkedLocalAttentionSpec(FullAttentionSpec):
     pass
 
 
-def engine(spec: type = FullAttentionSpec, groups: int = 1, **parallel: int) -> tuple[Any, Any]:
+def kv_group(spec: type, layers: int = 3, **changes: Any) -> Any:
+    kv_cache_spec = spec()
+    group = SimpleNamespace(kv_cache_spec=kv_cache_spec, layer_names=list("abcdef"[:layers]))
+    for name, value in changes.items():
+        setattr(group if name == "enable_kv_transfer" else kv_cache_spec, name, value)
+    return group
+
+
+def engine(*groups: Any, **parallel: int) -> tuple[Any, Any]:
     sizes = {"pipeline_parallel_size": 1, "world_size": 2, **parallel}
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(**sizes), model_config=SimpleNamespace(enable_sleep_mode=False)
     )
-    group = SimpleNamespace(kv_cache_spec=spec(), layer_names=["a", "b", "c"])
-    return config, SimpleNamespace(kv_cache_groups=[group] * groups, num_blocks=7)
+    found = list(groups) or [kv_group(FullAttentionSpec)]
+    return config, SimpleNamespace(kv_cache_groups=found, num_blocks=7)
+
+
+@pytest.fixture
+def newest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vLLM that can do all that we know of."""
+    monkeypatch.setattr(compat, "takes_back_requests", lambda: True)
+    monkeypatch.setattr(compat, "offers_states", lambda: True)
 
 
 def test_geometry():
     assert geometry(*engine()) == Geometry(block_size=16, record_bytes=3000, num_device_blocks=7, ranks=2)
 
 
+@pytest.mark.usefixtures("newest")
+@pytest.mark.parametrize(
+    ("window", "extra", "blocks"), [(1, 0, 1), (2, 0, 1), (17, 0, 1), (18, 0, 2), (40, 0, 3), (40, 10, 4)]
+)
+def test_a_window_needs_the_blocks_that_the_next_token_sees(window: int, extra: int, blocks: int):
+    sliding = kv_group(SlidingWindowSpec, sliding_window=window, extra_retained_tokens=extra)
+    shape = geometry(*engine(sliding, kv_group(FullAttentionSpec)))
+    assert isinstance(shape, Geometry)
+    assert shape.groups == KvGroups((KvGroup(blocks, window - 1 + extra), FULL))
+
+
+@pytest.mark.usefixtures("newest")
+def test_states_and_attention_share_the_memory_of_a_block():
+    shape = geometry(*engine(kv_group(MambaSpec, layers=4), kv_group(FullAttentionSpec, layers=2)))
+    assert isinstance(shape, Geometry)
+    assert shape.groups == KvGroups((KvGroup(window=1, offered=True), FULL))
+    # The first two places are as large as attention wants them, the others hold states only.
+    assert shape.record_bytes == 2 * 1000 + 2 * 900
+
+
+@pytest.mark.usefixtures("newest")
+def test_states_of_every_block():
+    shape = geometry(*engine(kv_group(MambaSpec, mamba_cache_mode="all")))
+    assert isinstance(shape, Geometry)
+    assert shape.groups == KvGroups((KvGroup(window=1, reach=1),))
+
+
+HYBRID = kv_group(SlidingWindowSpec), kv_group(FullAttentionSpec)
+
+
+@pytest.mark.usefixtures("newest")
 @pytest.mark.parametrize(
     ("parts", "reason"),
     [
-        (engine(groups=2), "hybrid"),
-        (engine(SlidingWindowSpec), "SlidingWindowSpec"),
+        (engine(kv_group(ChunkedLocalAttentionSpec)), "ChunkedLocalAttentionSpec"),
+        (engine(kv_group(SmallBlocks), kv_group(FullAttentionSpec)), "different sizes"),
+        (engine(kv_group(FullAttentionSpec, enable_kv_transfer=False)), "let connectors move"),
+        (engine(kv_group(MambaSpec, mamba_cache_mode="none")), "mamba_cache_mode=none"),
+        (engine(kv_group(MambaSpec, num_speculative_blocks=1)), "speculative"),
         (engine(pipeline_parallel_size=2), "pipeline"),
         (engine(decode_context_parallel_size=2), "context"),
     ],
@@ -105,10 +173,23 @@ def test_engines_that_are_not_cached(parts: tuple[Any, Any], reason: str):
     assert reason in result
 
 
-def test_sliding_window_inside_a_full_attention_spec():
-    config, kv_cache = engine()
-    kv_cache.kv_cache_groups[0].kv_cache_spec.sliding_window = 128
-    assert "sliding" in str(geometry(config, kv_cache))
+def test_vllm_that_is_too_old_for_hybrid_models(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compat, "takes_back_requests", lambda: False)
+    assert "0.30" in str(geometry(*engine(*HYBRID)))
+    monkeypatch.setattr(compat, "takes_back_requests", lambda: True)
+    assert isinstance(geometry(*engine(*HYBRID)), Geometry)
+
+
+@pytest.mark.usefixtures("newest")
+def test_vllm_that_does_not_say_where_states_are(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compat, "offers_states", lambda: False)
+    assert "recurrent states" in str(geometry(*engine(kv_group(MambaSpec), kv_group(FullAttentionSpec))))
+
+
+def test_a_window_of_which_vllm_keeps_everything_is_full_attention():
+    shape = geometry(*engine(kv_group(FullAttentionSpec, sliding_window=128)))
+    assert isinstance(shape, Geometry)
+    assert shape.groups.single
 
 
 def test_size_is_shared_by_the_ranks():

@@ -178,7 +178,7 @@ def bench_step(requests: int = 256, steps: int = 2000) -> dict[str, float]:
         )  # fmt: skip
         running.append(request)
         side.match(request, 0)
-        side.allocated(request, list(range(i * 200, i * 200 + 129)), 0)
+        side.allocated(request, [list(range(i * 200, i * 200 + 129))], 0)
     ids = [request.request_id for request in running]
     scheduled = dict.fromkeys(ids, 1)
 

@@ -11,13 +11,14 @@ Events in (blocks seen, requests, completions, time), operations out. Not thread
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 
 import numpy as np
 
 from kvbm.logic.admission import FrequencyFilter, WriteBudget
 from kvbm.logic.edges import Edge
 from kvbm.logic.estimate import LoadEstimate
+from kvbm.logic.fetch import NO_SLOTS, Fetch, FetchEnd, survey
+from kvbm.logic.groups import NOT_TO_BE_HAD, KvGroups
 from kvbm.logic.hashing import Hashes
 from kvbm.logic.history import Fate
 from kvbm.logic.in_flight import InFlight
@@ -29,7 +30,6 @@ from kvbm.logic.restore import Restore
 # Reading a member of an IntEnum costs a microsecond in Python 3.11.
 _WRITE, _READ = Direction.WRITE, Direction.READ
 _COMPLETE, _REGISTERED = np.uint8(BlockState.COMPLETE), np.uint8(BlockState.REGISTERED)
-_NO_SLOTS = np.empty(0, np.int64)
 
 # A tier that fails so often in a row is left alone for a while, each time for twice as long.
 _FAILURES_BEFORE_PAUSE = 3
@@ -69,25 +69,6 @@ class DiskLimits:
     patience_s: float = 5.0
 
 
-class FetchEnd(Enum):
-    """Why a request does not get all that it has on disk."""
-
-    SLOWER = "computing it is faster"
-    NO_ROOM = "others were reading"
-    PAUSED = "the disk had failed"
-    LATE = "reading took too long"
-
-
-@dataclass(slots=True)
-class _Fetch:
-    """A request's blocks on their way to the host tier, and kept there until it has used them."""
-
-    slots: Slots = field(default_factory=lambda: _NO_SLOTS)
-    deadline: float = 0.0
-    from_disk: Slots = field(default_factory=lambda: _NO_SLOTS)  # those of them that are read for it
-    ends: FetchEnd | None = None
-
-
 @dataclass(slots=True, kw_only=True)
 class _Transfer(InFlight):
     disk_slots: Slots
@@ -109,6 +90,7 @@ class DiskTier:
         ids: Iterator[int],
         drop: Callable[[Slots, Fate], None],
         limits: DiskLimits,
+        groups: KvGroups | None = None,
         missed: Callable[[Hashes, Fate], None] | None = None,
         admission: FrequencyFilter | None = None,
         budget: WriteBudget | None = None,
@@ -123,6 +105,7 @@ class DiskTier:
         self._drop = drop
         self._missed = missed or (lambda hashes, fate: None)
         self._limits = limits
+        self._groups = groups or KvGroups()
         self._admission = admission
         self._budget = budget
         self._estimate = estimate
@@ -132,7 +115,7 @@ class DiskTier:
         self._forget: list[Slots] = []
         self._in_flight: dict[int, _Transfer] = {}
         self._queued_writes = self._queued_reads = 0
-        self._fetches: dict[str, _Fetch] = {}
+        self._fetches: dict[str, Fetch] = {}
         self._fetched = 0  # blocks that fetches hold
         self._arriving = np.zeros(host.capacity, bool)  # host slots that are being read into
         self._restore = Restore(pool.capacity, ranks)
@@ -300,48 +283,58 @@ class DiskTier:
         if fetch is not None and len(fetch.slots):
             self._host.release(fetch.slots)
             self._fetched -= len(fetch.from_disk)
-            self._fetches[request_id] = _Fetch()
+            self._fetches[request_id] = Fetch()
 
     def fetched(self, request_id: str) -> tuple[Slots, FetchEnd | None]:
         """Host slots that were read for the request, and why not more. Until its `release`."""
         fetch = self._fetches.get(request_id)
-        return (fetch.from_disk, fetch.ends) if fetch is not None else (_NO_SLOTS, None)
+        return (fetch.from_disk, fetch.ends) if fetch is not None else (NO_SLOTS, None)
 
     def finish(self, request_id: str) -> None:
         self.release(request_id)
         self._fetches.pop(request_id, None)
 
-    def _begin(self, hashes: Hashes) -> _Fetch:
+    def lacking(self, hashes: Hashes) -> int:
+        """How many blocks the host tier lacks to give all of the prefix that can be had with this tier's."""
+        reads = survey(self._groups, self._host, self.pool, hashes).reads
+        possible = reads[reads != NOT_TO_BE_HAD]
+        return int(possible[-1]) if len(possible) else 0
+
+    def _begin(self, hashes: Hashes) -> Fetch:
         if not self.ready or not len(hashes):
-            return _Fetch()
+            return Fetch()
         if self._now < self._paused_until:
-            return _Fetch(ends=FetchEnd.PAUSED)
-        host = self._host.find(hashes)
-        in_host = host >= 0
-        disk = self.pool.find(hashes)
-        on_disk = (disk >= 0) & (self.pool.states(disk) == _REGISTERED) & ~in_host
-        gaps = np.flatnonzero(~(in_host | on_disk))
-        end = int(gaps[0]) if len(gaps) else len(hashes)
-        to_read = on_disk[:end]
-        ends = None
+            return Fetch(ends=FetchEnd.PAUSED)
+        found = survey(self._groups, self._host, self.pool, hashes)
+        reads = found.reads
+        possible = np.flatnonzero(reads != NOT_TO_BE_HAD)
+        if not len(possible):
+            return Fetch()
+        end, ends = int(possible[-1]) + 1, None
         if self._estimate is not None:
-            end = self._estimate.paying(to_read, self._queued_reads, self._now)
-            declined = int(np.count_nonzero(to_read[end:]))
-            self.stats.declined_blocks += declined
-            ends = FetchEnd.SLOWER if declined else None
+            paying = self._estimate.paying(reads, self._queued_reads, self._now)
+            declined = int(reads[end - 1] - (reads[paying - 1] if paying else 0))
+            self.stats.declined_blocks += max(0, declined)
+            end, ends = paying, FetchEnd.SLOWER if declined > 0 else None
         room = self._limits.max_fetched_blocks - max(self._fetched, self._queued_reads)
-        paying, end = end, int(np.searchsorted(np.cumsum(to_read[:end]), room, side="right"))
+        paying, end = end, int(np.flatnonzero(reads[:end] <= room).max(initial=-1)) + 1
         if end < paying:
             ends = FetchEnd.NO_ROOM
-        coming = to_read[:end] | (in_host[:end] & self._arriving[host[:end]])
-        if not coming.any():
-            return _Fetch(ends=ends)
-        slots, is_new = self._host.claim(hashes[:end], room)
+        if not end:
+            return Fetch(ends=ends)
+        parts = [slice(first, end) for first in self._groups.needed(end)]
+        keys = np.concatenate([self._groups.keys(hashes[part], group) for group, part in enumerate(parts)])
+        host = np.concatenate([slots[part] for slots, part in zip(found.host, parts, strict=True)])
+        disk = np.concatenate([slots[part] for slots, part in zip(found.disk, parts, strict=True)])
+        if not ((host < 0) | self._arriving[host]).any():
+            return Fetch(ends=ends)
+        slots, is_new = self._host.claim(keys, room)
         missing = np.flatnonzero(slots < 0)
         if len(missing):
-            rest = slots[missing[0] :]
+            kept = int(missing[0]) if self._groups.single else 0
+            rest = slots[kept:]
             self._host.release(rest[rest >= 0])
-            slots, is_new = slots[: missing[0]], is_new[: missing[0]]
+            slots, is_new = slots[:kept], is_new[:kept]
             ends = FetchEnd.NO_ROOM
         sources = disk[: len(slots)][is_new]
         self.pool.pin(sources)
@@ -351,7 +344,7 @@ class DiskTier:
         patience_s = 2 * self._limits.timeout_s
         if self._estimate is not None:
             patience_s = min(patience_s, self._estimate.patience_s(self._queued_reads))
-        return _Fetch(slots, self._now + patience_s, slots[is_new], ends)
+        return Fetch(slots, self._now + patience_s, slots[is_new], ends)
 
     def _read(self, host_slots: Slots, disk_slots: Slots) -> None:
         """Both complete, or registered, and the disk slots pinned for this."""

@@ -3,6 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from kvbm.logic.groups import NOT_TO_BE_HAD
+
 
 class Rate:
     """Amount per second, of late: a sample's weight falls by a tenth with each that follows."""
@@ -70,25 +72,34 @@ class LoadEstimate:
         reading = self._reading.value
         return self.PATIENCE_S + self.PATIENCE * blocks / reading if reading else np.inf
 
-    def paying(self, to_read: NDArray[np.bool_], queued: int, now: float) -> int:
-        """How many of the first blocks of a prompt to load. shape (n,): which of them have to be read.
+    def paying(self, reads: NDArray[np.int64], queued: int, now: float) -> int:
+        """How many of the first blocks of a prompt to load.
 
-        The others are in faster memory. queued: blocks to be read before these.
+        reads: shape (n,), for the first 1 .. n blocks how many have to be read, or NOT_TO_BE_HAD; the others
+        are in faster memory. queued: blocks to be read before these.
         """
+        lengths = np.flatnonzero(reads != NOT_TO_BE_HAD) + 1
+        if not len(lengths):
+            return 0
+        reads = reads[lengths - 1]
         reading, computing = self._reading.value, self._computing.value
-        if computing is None or not to_read.any():
-            return len(to_read)
-        # What lies before the first block to be read can be had without reading.
-        head = int(np.argmax(to_read))
-        rest = to_read[head:]
+        if computing is None or not reads[-1]:
+            return int(lengths[-1])
         if reading is None:
-            return head + min(self.FIRST_BLOCKS, len(rest))
+            return self._with_reads(lengths, reads, self.FIRST_BLOCKS)
+        # What can be had without reading.
+        head = self._with_reads(lengths, reads, 0)
         read_s = self.MARGIN / reading if reading > 0 else np.inf
-        gain = np.arange(1, len(rest) + 1) * (self._block_size / computing)
-        gain -= (np.cumsum(rest) + queued) * read_s
+        gain = (lengths - head) * (self._block_size / computing)
+        gain[reads > 0] -= (reads[reads > 0] + queued) * read_s
         best = int(np.argmax(gain))
         if gain[best] > 0:
-            return head + best + 1
+            return int(lengths[best])
         if now - self._read_at > self.RETRY_S:
-            return head + min(self.RETRY_BLOCKS, len(rest))
+            return self._with_reads(lengths, reads, self.RETRY_BLOCKS)
         return head
+
+    @staticmethod
+    def _with_reads(lengths: NDArray[np.int64], reads: NDArray[np.int64], most: int) -> int:
+        """The longest length that needs at most so many reads."""
+        return int(lengths[reads <= most].max(initial=0))

@@ -6,23 +6,28 @@ OFFLOAD operation fills. So the chain has no hole, what the host holds is not co
 request's blocks are not evicted before their successors. When the host tier has no room the chain stops
 growing, and goes on from there when there is room.
 
+A group of layers that needs only the last blocks of a prefix has a chain of its own, with holes: the engine
+gives up its device blocks while the request runs, so they are held until they are copied, and what was not
+copied in time never will be.
+
 Events in (requests, completions, time), operations out. Not thread-safe.
 """
 
 import itertools
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvbm.logic.arrays import GrowingArray
-from kvbm.logic.edges import Edge
+from kvbm.logic.followed import NO_BLOCK, Followed, Passing, Segment
+from kvbm.logic.groups import KvGroups, Mask
 from kvbm.logic.hashing import Hashes, SequenceHasher
 from kvbm.logic.history import Fate
 from kvbm.logic.in_flight import InFlight
 from kvbm.logic.index import Slots
 from kvbm.logic.operations import BlockIds, Completion, Direction, Failure, Operation
+from kvbm.logic.outcome import Loaded, Outcome, Stats
 from kvbm.logic.pool import UNKNOWN_TAG, BlockPool, BlockState
 
 # A request whose offloads fail this often is left alone: something is wrong with it, not with a block.
@@ -30,74 +35,24 @@ MAX_FAILURES = 3
 
 # Reading a member of an IntEnum costs a microsecond in Python 3.11.
 _OFFLOAD = Direction.OFFLOAD
-_COMPLETE = np.uint8(BlockState.COMPLETE)
-
-
-@dataclass(slots=True)
-class Stats:
-    """What happened, counted in blocks when it was complete."""
-
-    matched_blocks: int = 0  # offered to the engine and accepted
-    shared_blocks: int = 0  # full blocks that needed no copy because the host had them
-    deferred_blocks: int = 0  # found no room, or the queue full; counted each time they were wanted
-    failures: Counter[tuple[Direction, Failure]] = field(default_factory=Counter)  # in blocks
-    offload: Edge = field(default_factory=Edge)
-    onboard: Edge = field(default_factory=Edge)
-
-    @property
-    def offloaded_blocks(self) -> int:
-        return self.offload.blocks
-
-    @property
-    def onboarded_blocks(self) -> int:
-        return self.onboard.blocks
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A load that is over. The engine computes from the first block that failed on."""
-
-    operation_id: int
-    request_id: str
-    arrived: int  # blocks
-    failed: int
-    usable: int  # that arrived before the first that failed
-    reason: Failure
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What follows from what was just planned or reported: device blocks to hold and release."""
-
-    hold: list[BlockIds] = field(default_factory=list)  # must not be reused until released
-    release: list[BlockIds] = field(default_factory=list)  # offloads no longer read them
-    release_loaded: list[BlockIds] = field(default_factory=list)  # loads that had hung no longer write them
-    loaded: Loaded | None = None
-
-
-@dataclass(slots=True)
-class _Request:
-    hasher: SequenceHasher
-    # Of each block of the sequence, from the head: its device block, and the host block it has pinned.
-    table: GrowingArray = field(default_factory=lambda: GrowingArray(np.int32))
-    chain: GrowingArray = field(default_factory=lambda: GrowingArray(np.int64))
-    operations: set[int] = field(default_factory=set)
-    failures: int = 0
-    load_failed: bool = False
-    finished: bool = False
-    match: tuple[tuple[int, int, int], int] = ((-1, 0, 0), 0)  # what was asked, and the answer
-    tag: int = 0  # of its blocks
-    told: int = 0  # of its first so many blocks it is known that some found no room
+_COMPLETE, _REGISTERED = np.uint8(BlockState.COMPLETE), np.uint8(BlockState.REGISTERED)
 
 
 @dataclass(slots=True, kw_only=True)
 class _InFlight(InFlight):
-    members: list[tuple[_Request, BlockIds]]  # whose blocks these are, with their device blocks
+    members: list[tuple[Followed, BlockIds]]  # whose blocks these are, with their device blocks
     held: list[BlockIds] = field(default_factory=list)  # device blocks kept from reuse until it settles
+    prefix: int = 0  # blocks of the sequence that a load covers
 
     @property
     def is_offload(self) -> bool:
         return self.operation.direction == _OFFLOAD
+
+    @property
+    def targets(self) -> BlockIds:
+        """Device blocks that a load writes to."""
+        blocks = self.operation.device_blocks
+        return blocks[blocks != NO_BLOCK]
 
     @property
     def failed_slots(self) -> Slots:
@@ -105,7 +60,7 @@ class _InFlight(InFlight):
 
 
 class Planner:
-    """Plans for one KV group over one host pool.
+    """Plans over one host pool for the KV groups of one model.
 
     ranks: how many workers execute every operation. max_queued_blocks bounds the offloads in flight. ids: for
     operations, where others number theirs too. seen: told of registered blocks, new or used again.
@@ -120,12 +75,14 @@ class Planner:
         max_batch_blocks: int,
         max_queued_blocks: int,
         timeout_s: float,
+        groups: KvGroups | None = None,
         ids: Iterator[int] | None = None,
         seen: Callable[[Slots], None] | None = None,
         missed: Callable[[Hashes, Fate], None] | None = None,
     ) -> None:
         self.pool = pool
         self.stats = Stats()
+        self.groups = groups or KvGroups()
         self._ranks = ranks
         self._max_batch = max_batch_blocks
         self._max_queued = max_queued_blocks
@@ -133,7 +90,7 @@ class Planner:
         self._ids = ids or itertools.count()
         self._seen = seen or (lambda slots: None)
         self._missed = missed or (lambda hashes, fate: None)
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, Followed] = {}
         self._in_flight: dict[int, _InFlight] = {}  # oldest first
         self._queued_blocks = 0
 
@@ -144,7 +101,7 @@ class Planner:
 
         tag: what `clear_tag` names its blocks by.
         """
-        self._requests[request_id] = _Request(hasher, tag=tag)
+        self._requests[request_id] = Followed(hasher, self.groups, tag)
 
     def hasher(self, request_id: str) -> SequenceHasher | None:
         request = self._requests.get(request_id)
@@ -155,130 +112,175 @@ class Planner:
         request = self._requests.get(request_id)
         return request is not None and not request.load_failed
 
-    def match(self, request_id: str, first: int) -> int:
-        """How many blocks from block `first` on the host can load now. No side effect."""
+    def match(self, request_id: str, first: int, limit: int = sys.maxsize) -> int:
+        """How many blocks from block `first` on, at most `limit`, the host can load now. No side effect."""
         request = self._requests.get(request_id)
         if request is None or request.load_failed:
             return 0
-        asked = (self.pool.version, first, len(request.hasher))
+        asked = (self.pool.version, first, min(limit, len(request.hasher) - first))
         if request.match[0] != asked:
-            request.match = (asked, len(self.pool.match(request.hasher.hashes[first:])))
+            request.match = (asked, self.longest(request.hasher.hashes[first : first + limit]))
         return request.match[1]
 
-    def set_table(self, request_id: str, device_blocks: Sequence[int]) -> None:
-        """The device blocks that hold the request's sequence, from its head."""
-        if request := self._requests.get(request_id):
-            request.table.cut(0)
-            request.table.append(device_blocks)
+    def longest(self, hashes: Hashes) -> int:
+        """How many of the first blocks of a sequence the host can give."""
+        if self.groups.single:
+            return len(self.pool.match(hashes))
+        return self.groups.longest([slots >= 0 for slots in self.groups.lookup(self._registered, hashes)])
 
-    def extend_table(self, request_id: str, device_blocks: Sequence[int]) -> None:
+    def slots_of(self, hashes: Hashes) -> Slots:
+        """Host blocks that a prefix which the host can give needs."""
+        starts = enumerate(self.groups.needed(len(hashes)))
+        return np.concatenate(
+            [self._registered(self.groups.keys(hashes[at:], group)) for group, at in starts]
+        )
+
+    def _registered(self, keys: Hashes) -> Slots:
+        slots = self.pool.find(keys)
+        slots[self.pool.states(slots) != _REGISTERED] = -1
+        return slots
+
+    def set_table(self, request_id: str, *tables: Sequence[int]) -> None:
+        """The device blocks that hold the request's sequence, from its head, of each group."""
         if request := self._requests.get(request_id):
-            request.table.append(device_blocks)
+            for table, blocks in zip(request.tables, tables, strict=True):
+                table.cut(0)
+                table.append(blocks)
+
+    def extend_table(self, request_id: str, *tables: Sequence[int]) -> None:
+        if request := self._requests.get(request_id):
+            for table, blocks in zip(request.tables, tables, strict=True):
+                table.append(blocks)
 
     # ---- onboard ----
 
     def load(
         self, request_id: str, first: int, count: int, now: float, *, in_step: bool = False
     ) -> Operation | None:
-        """Load blocks first .. first+count-1 of the request into the device blocks of its table.
+        """Load blocks first .. first+count-1 of the request into the device blocks of its tables.
 
         Blocks that the host no longer has get slot -1: the workers report them failed, so that the engine
         hears of them the way it hears of any failed load. None if the request or its table is unknown.
         """
         request = self._requests.get(request_id)
-        if request is None or len(request.table) < first + count:
+        end = first + count
+        if request is None or min(map(len, request.tables)) < end:
             return None
-        slots = np.full(count, -1, np.int64)
-        found = self.pool.match(request.hasher.hashes[first : first + count])
-        slots[: len(found)] = found
+        slots, blocks = [], []
+        for group, needed in enumerate(self.groups.needed(count)):
+            part = slice(first + needed, end)
+            blocks.append(request.tables[group].rows[part])
+            slots.append(self._registered(self.groups.keys(request.hasher.hashes[part], group)))
+        targets, sources = np.concatenate(blocks), np.concatenate(slots)
+        sources[targets == NO_BLOCK] = -1
+        found = sources[sources >= 0]
         self.pool.pin(found)
         self.pool.tag(found, np.uint32(request.tag))
         self._seen(found)
         self.stats.matched_blocks += count
-        blocks = request.table.rows[first : first + count].copy()
-        return self._start(
-            Direction.ONBOARD, request_id, [(request, blocks)], blocks, slots, now, in_step=in_step
+        operation = self._start(
+            Direction.ONBOARD, request_id, [(request, targets)], targets, sources, now, in_step=in_step
         )
+        self._in_flight[operation.id].prefix = count
+        return operation
 
     # ---- offload ----
 
-    def store(self, computed: Iterable[tuple[str, int]], now: float) -> list[Operation]:
+    def store(
+        self,
+        computed: Iterable[tuple[str, int]],
+        now: float,
+        passing: Mapping[str, Passing] | None = None,
+    ) -> tuple[list[Operation], Outcome]:
         """Offload what the host lacks of the first `n` blocks of each request, given as (request, n).
 
-        The blocks' KV is computed, or will be when the operations are executed.
+        The blocks' KV is computed, or will be when the operations are executed. passing: by request, where
+        there are groups that don't need all blocks. Outcome.hold: device blocks that the engine may give up
+        before they are copied.
         """
-        segments: list[tuple[_Request, int, int]] = []
+        segments: list[Segment] = []
         for request_id, blocks in computed:
             request = self._requests.get(request_id)
-            if request is None or request.failures >= MAX_FAILURES:
-                continue
-            start = len(request.chain)
-            end = min(blocks, len(request.hasher), len(request.table))
-            if end > start:
-                segments.append((request, start, end))
+            if request is not None and request.failures < MAX_FAILURES:
+                end = min(blocks, len(request.hasher))
+                segments += request.to_store(end, passing[request_id] if passing else Passing(0))
         if not segments:
-            return []
-        hashes = [request.hasher.hashes[start:end] for request, start, end in segments]
+            return [], Outcome()
+        keys = [segment.keys for segment in segments]
         slots, is_new = self.pool.claim(
-            hashes[0] if len(hashes) == 1 else np.concatenate(hashes), self._max_queued - self._queued_blocks
+            keys[0] if len(keys) == 1 else np.concatenate(keys), self._max_queued - self._queued_blocks
         )
-        members: list[tuple[_Request, BlockIds]] = []  # new blocks only
-        new_slots: list[Slots] = []
+        new: list[tuple[Segment, BlockIds, Slots]] = []
         offset = 0
-        for request, start, end in segments:
-            own, new = slots[offset : offset + end - start], is_new[offset : offset + end - start]
-            offset += end - start
-            if own.min() < 0:
-                # None of what follows is new: room is given out in order. Others' blocks are let go.
-                cut = int(np.flatnonzero(own < 0)[0])
-                rest = own[cut:]
-                self.pool.release(rest[rest >= 0])
-                self.stats.deferred_blocks += len(rest)
-                # Once a block: it is wanted again in every step.
-                self._missed(request.hasher.hashes[max(start + cut, request.told) : end], Fate.NO_ROOM)
-                request.told = max(request.told, end)
-                own, new = own[:cut], new[:cut]
-            request.chain.append(own)
-            self.pool.tag(own, np.uint32(request.tag))
-            blocks = request.table.rows[start : start + len(own)][new]
-            self.stats.shared_blocks += len(own) - len(blocks)
-            if len(blocks):
-                members.append((request, blocks))
-                new_slots.append(own[new])
-        return self._offloads(members, new_slots, now)
+        for segment in segments:
+            part = slice(offset, offset + len(segment.positions))
+            offset = part.stop
+            own, fresh = self._chain(segment, slots[part], is_new[part])
+            if len(own):
+                self.pool.tag(own, np.uint32(segment.request.tag))
+            self.stats.shared_blocks += len(own) - int(np.count_nonzero(fresh))
+            if fresh.any():
+                new.append((segment, segment.device_blocks[: len(fresh)][fresh], own[fresh]))
+        operations, outcome = self._offloads(new, now)
+        for segment in segments:
+            if segment.passing:  # what left the window is no longer kept for the request
+                self.pool.release(segment.request.outside_window(segment.group))
+        return operations, outcome
+
+    def _chain(self, segment: Segment, own: Slots, new: Mask) -> tuple[Slots, Mask]:
+        """Add to the request's chain what of a segment has a host block: these, and which are new."""
+        lost = np.flatnonzero(own < 0)
+        if len(lost) and segment.passing:
+            self.stats.deferred_blocks += len(lost)
+            self._missed(segment.keys[lost], Fate.NO_ROOM)
+        elif len(lost):
+            # None of what follows is new: room is given out in order. Others' blocks are let go.
+            request, cut, positions = segment.request, int(lost[0]), segment.positions
+            rest = own[cut:]
+            self.pool.release(rest[rest >= 0])
+            self.stats.deferred_blocks += len(rest)
+            # Once a block: it is wanted again in every step.
+            end = int(positions[-1]) + 1
+            self._missed(request.hasher.hashes[max(int(positions[cut]), request.told) : end], Fate.NO_ROOM)
+            request.told = max(request.told, end)
+            own, new = own[:cut], new[:cut]
+        segment.chain(own)
+        return own, new
 
     def _offloads(
-        self, members: list[tuple[_Request, BlockIds]], slots: list[Slots], now: float
-    ) -> list[Operation]:
+        self, new: list[tuple[Segment, BlockIds, Slots]], now: float
+    ) -> tuple[list[Operation], Outcome]:
         """Operations of at most max_batch_blocks blocks; short runs of several requests share one."""
         operations: list[Operation] = []
-        batch: list[tuple[_Request, BlockIds]] = []
-        batch_slots: list[Slots] = []
+        outcome = Outcome()
+        batch: list[tuple[Segment, BlockIds, Slots]] = []
         room = self._max_batch
 
         def flush() -> None:
             nonlocal room
             if batch:
-                blocks = np.concatenate([blocks for _, blocks in batch])
-                targets = np.concatenate(batch_slots)
+                blocks = np.concatenate([blocks for _, blocks, _ in batch])
+                targets = np.concatenate([slots for _, _, slots in batch])
+                members = [(of.request, blocks[:0] if of.passing else blocks) for of, blocks, _ in batch]
                 self.pool.pin(targets)
-                operations.append(self._start(_OFFLOAD, "", list(batch), blocks, targets, now))
+                operations.append(self._start(_OFFLOAD, "", members, blocks, targets, now))
+                held = [blocks for of, blocks, _ in batch if of.passing]
+                self._in_flight[operations[-1].id].held += held
+                outcome.hold += held
                 batch.clear()
-                batch_slots.clear()
                 room = self._max_batch
 
-        for (request, blocks), own in zip(members, slots, strict=True):
+        for segment, blocks, own in new:
             at = 0
             while at < len(own):
                 take = min(room, len(own) - at)
-                batch.append((request, blocks[at : at + take]))
-                batch_slots.append(own[at : at + take])
+                batch.append((segment, blocks[at : at + take], own[at : at + take]))
                 at += take
                 room -= take
                 if not room:
                     flush()
         flush()
-        return operations
+        return operations, outcome
 
     # ---- ends ----
 
@@ -297,17 +299,16 @@ class Planner:
         return cancelled
 
     def finish(
-        self, request_id: str, device_blocks: Sequence[int], blocks: int, now: float
+        self, request_id: str, blocks: int, now: float, *tables: Sequence[int]
     ) -> tuple[list[Operation], Outcome]:
-        """The request ends; its first `blocks` blocks are computed and lie in `device_blocks`.
+        """The request ends; its first `blocks` blocks are computed, and `tables` says where they lie.
 
         Outcome.hold names the device blocks that offloads still read or will read.
         """
-        outcome = Outcome()
         if request_id not in self._requests:
-            return [], outcome
-        self.set_table(request_id, device_blocks)
-        operations = self.store([(request_id, blocks)], now)
+            return [], Outcome()
+        self.set_table(request_id, *tables)
+        operations, outcome = self.store([(request_id, blocks)], now, {request_id: Passing(0)})
         request = self._requests.pop(request_id)
         request.finished = True
         for id_ in request.operations:
@@ -341,7 +342,7 @@ class Planner:
         if not completion.quiesced:
             self._expire(in_flight)
             if not in_flight.is_offload and not in_flight.held:
-                in_flight.held = [in_flight.operation.device_blocks]
+                in_flight.held = [in_flight.targets]
                 outcome.hold += in_flight.held
             return outcome
         if in_flight.is_over:
@@ -379,7 +380,7 @@ class Planner:
     def load_target(self, operation_id: int) -> BlockIds | None:
         """Device blocks that a load under way may still write to; None if it is not one."""
         in_flight = self._in_flight.get(operation_id)
-        return in_flight.operation.device_blocks if in_flight and not in_flight.is_offload else None
+        return in_flight.targets if in_flight and not in_flight.is_offload else None
 
     @property
     def queued(self) -> tuple[int, int]:
@@ -398,7 +399,7 @@ class Planner:
         self,
         direction: Direction,
         request_id: str,
-        members: list[tuple[_Request, BlockIds]],
+        members: list[tuple[Followed, BlockIds]],
         device_blocks: BlockIds,
         slots: Slots,
         now: float,
@@ -458,7 +459,7 @@ class Planner:
                 operation.request_id,
                 len(slots) - failed,
                 failed,
-                int(np.argmax(in_flight.failed)) if failed else len(slots),
+                self._usable(in_flight, failed),
                 in_flight.reason,
             )
             if failed:
@@ -469,14 +470,19 @@ class Planner:
                 if operation.in_step:
                     # What was computed on these blocks, and is stored or about to be, is wrong as well.
                     request.failures = MAX_FAILURES
-                    first = np.flatnonzero(np.isin(request.chain.rows, lost))
-                    lost = np.union1d(lost, request.chain.rows[first[0] :] if len(first) else lost)
+                    lost = np.union1d(lost, request.built_on(lost))
                 self.drop(lost, Fate.DAMAGED if in_flight.reason == Failure.CORRUPT else Fate.LOST)
             slots = slots[slots >= 0]
         self.pool.release(slots)
         for request, _ in in_flight.members:
             self._let_go(request)
         return loaded
+
+    def _usable(self, in_flight: _InFlight, failed: int) -> int:
+        """Of the blocks of the sequence that a load covers, those that the engine goes on from."""
+        if not failed:
+            return in_flight.prefix
+        return int(np.argmax(in_flight.failed)) if self.groups.single else 0
 
     def drop(self, slots: Slots, fate: Fate = Fate.LOST, *, count_failure: bool = False) -> None:
         """Withdraw those blocks that still have a name, and cut every chain there."""
@@ -488,16 +494,13 @@ class Planner:
             self._missed(self.pool.hashes(unwritten), fate)
         self.pool.withdraw(slots[states >= _COMPLETE], fate)
         for request in self._requests.values():
-            lost = np.flatnonzero(np.isin(request.chain.rows, slots))
-            if len(lost):
-                rest = request.chain.rows[lost[0] :].copy()
-                request.chain.cut(int(lost[0]))
+            for rest in request.lose(slots):
                 request.failures += count_failure
                 self.pool.release(rest)
 
-    def _let_go(self, request: _Request) -> None:
+    def _let_go(self, request: Followed) -> None:
         # The chain is released at once, when its last offload is over: a tail released after its head
         # would be evicted after it.
         if request.finished and not request.operations:
-            self.pool.release(request.chain.rows)
-            request.chain.cut(0)
+            for group in reversed(range(len(self.groups))):
+                self.pool.release(request.all_of(group))

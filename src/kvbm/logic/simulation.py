@@ -238,7 +238,7 @@ class _Below:
         if matched:
             load = planner.load(id_, first, matched, now)
             self._copy([load] if load is not None else [])
-        copies, _ = planner.finish(id_, device_blocks, len(hashes), now)
+        copies, _ = planner.finish(id_, len(hashes), now, device_blocks)
         if disk is not None:
             disk.finish(id_)
         self._copy(copies)

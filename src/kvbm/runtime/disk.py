@@ -10,6 +10,7 @@ from kvbm.errors import ConfigError
 from kvbm.logic.admission import FrequencyFilter, WriteBudget
 from kvbm.logic.disk import DiskLimits, DiskTier
 from kvbm.logic.estimate import LoadEstimate
+from kvbm.logic.groups import KvGroups
 from kvbm.logic.hashing import Hashes
 from kvbm.logic.history import Fate
 from kvbm.logic.index import Slots
@@ -61,6 +62,7 @@ def make_disk_tier(
     ids: Iterator[int],
     drop: Callable[[Slots, Fate], None],
     estimate: LoadEstimate | None,
+    groups: KvGroups | None = None,
     missed: Callable[[Hashes, Fate], None] | None = None,
 ) -> DiskTier:
     """The leader's half. record_bytes: see `disk_record_bytes`."""
@@ -75,6 +77,7 @@ def make_disk_tier(
         ranks=ranks,
         ids=ids,
         drop=drop,
+        groups=groups,
         missed=missed,
         limits=DiskLimits(
             max_batch_blocks=min(_BATCH_BLOCKS, config.transfer.max_batch_blocks),

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, TypeVar
 
 import numpy as np
@@ -20,11 +20,14 @@ import numpy as np
 from kvbm.config import Config
 from kvbm.logic.disk import DiskTier
 from kvbm.logic.estimate import LoadEstimate
+from kvbm.logic.followed import NO_BLOCK, Passing
+from kvbm.logic.groups import KvGroups
 from kvbm.logic.hashing import Hashes, SequenceHasher, root_hash, salt_tag
 from kvbm.logic.history import Fate
 from kvbm.logic.index import Slots
 from kvbm.logic.operations import Direction, Operation
-from kvbm.logic.planner import Outcome, Planner, Stats
+from kvbm.logic.outcome import Outcome, Stats
+from kvbm.logic.planner import Planner
 from kvbm.logic.policies import load_policy
 from kvbm.logic.pool import BlockEvent, BlockPool, EventKind, subscribe_to_all
 from kvbm.observe.requests import FirstMiss, Identity, Miss
@@ -82,6 +85,7 @@ class Leader:
         block_size: int,
         num_slots: int,
         ranks: int,
+        groups: KvGroups | None = None,
         disk_slots: int = 0,
         disk_record_bytes: int = 0,
         observer: Observer | None = None,
@@ -112,6 +116,7 @@ class Leader:
             max_batch_blocks=config.transfer.max_batch_blocks,
             max_queued_blocks=config.transfer.max_queued_blocks,
             timeout_s=config.transfer.timeout_s,
+            groups=groups,
             ids=ids,
             seen=self._seen if disk_slots else None,
             missed=functools.partial(self._not_taken, "host"),
@@ -128,6 +133,7 @@ class Leader:
                 record_bytes=disk_record_bytes,
                 ranks=ranks,
                 ids=ids,
+                groups=self._planner.groups,
                 drop=self._planner.drop,
                 estimate=self._estimate,
                 missed=functools.partial(self._not_taken, "disk"),
@@ -255,20 +261,23 @@ class Leader:
             hasher = self._planner.hasher(request_id)
             if hasher and not self._disk.fetch(request_id, hasher.hashes[first : first + limit]):
                 return None
-        return min(limit, self._planner.match(request_id, first))
+        return self._planner.match(request_id, first, limit)
 
     def load(
-        self, request_id: str, first: int, count: int, device_blocks: Sequence[int], *, in_step: bool = False
+        self, request_id: str, first: int, count: int, *tables: Sequence[int], in_step: bool = False
     ) -> None:
-        """Order the load of blocks first .. first+count-1; `device_blocks` is the request's whole table.
+        """Order the load of blocks first .. first+count-1; `tables` are the request's, whole, of each group.
 
         The engine waits for this load, so there is always an operation, if only one that fails.
         in_step: the next step's forward pass reads the blocks.
         """
         with self.lock:
-            operation = self._load(request_id, first, count, device_blocks, in_step)
+            operation = self._load(request_id, first, count, tables, in_step)
             if operation is None:
-                blocks = np.asarray(device_blocks[first : first + count], np.int32)
+                blocks = np.concatenate(
+                    [np.asarray(table[first : first + count], np.int32) for table in tables]
+                )
+                blocks = blocks[blocks != NO_BLOCK]
                 nothing = np.full(len(blocks), -1, np.int32)
                 self._lost_loads += 1
                 id_ = -self._lost_loads
@@ -278,21 +287,26 @@ class Leader:
             self._orders.operations.append(operation)
 
     @_off_on_error(lambda: None)
-    def set_table(self, request_id: str, device_blocks: Sequence[int]) -> None:
+    def set_table(self, request_id: str, *tables: Sequence[int]) -> None:
         """The request got these device blocks, and runs without what is not loaded now."""
-        self._planner.set_table(request_id, device_blocks)
+        self._planner.set_table(request_id, *tables)
         if self._disk is not None:
             self._disk.release(request_id)
 
     @_off_on_error(lambda: None)
-    def extend_table(self, request_id: str, device_blocks: Sequence[int]) -> None:
-        self._planner.extend_table(request_id, device_blocks)
+    def extend_table(self, request_id: str, *tables: Sequence[int]) -> None:
+        self._planner.extend_table(request_id, *tables)
 
-    @_off_on_error(lambda: None)
-    def store(self, computed: Iterable[tuple[str, int]]) -> None:
-        """Order the offload of what the host lacks of each request's first `n` blocks."""
-        if self.ready:
-            self._orders.operations += self._planner.store(computed, self._clock())
+    @_off_on_error(Outcome)
+    def store(
+        self, computed: Iterable[tuple[str, int]], passing: Mapping[str, Passing] | None = None
+    ) -> Outcome:
+        """Order the offload of what the host lacks of each request's first `n` blocks; see the planner's."""
+        if not self.ready:
+            return Outcome()
+        operations, outcome = self._planner.store(computed, self._clock(), passing)
+        self._orders.operations += operations
+        return outcome
 
     @_off_on_error(lambda: None)
     def preempt(self, request_id: str) -> None:
@@ -300,10 +314,10 @@ class Leader:
         self._orders.cancel += self._planner.preempt(request_id)
 
     @_off_on_error(Outcome)
-    def finish(self, request_id: str, device_blocks: Sequence[int], blocks: int) -> Outcome:
-        """The request has ended; the first `blocks` of its blocks are computed."""
+    def finish(self, request_id: str, blocks: int, *tables: Sequence[int]) -> Outcome:
+        """The request has ended; its first `blocks` blocks are computed and lie where `tables` say."""
         operations, outcome = self._planner.finish(
-            request_id, device_blocks, blocks if self.ready else 0, self._clock()
+            request_id, blocks if self.ready else 0, self._clock(), *tables
         )
         self._orders.operations += operations
         if self._disk is not None:
@@ -396,16 +410,16 @@ class Leader:
 
     @_off_on_error(lambda: None)
     def _load(
-        self, request_id: str, first: int, count: int, device_blocks: Sequence[int], in_step: bool
+        self, request_id: str, first: int, count: int, tables: Sequence[Sequence[int]], in_step: bool
     ) -> Operation | None:
-        self._planner.set_table(request_id, device_blocks)
+        self._planner.set_table(request_id, *tables)
         operation = self._planner.load(request_id, first, count, self._clock(), in_step=in_step)
         read = np.empty(0, np.int64)
         if self._disk is not None:
             read, _ = self._disk.fetched(request_id)
             self._disk.release(request_id)
         if operation is not None and self._observer is not None:
-            from_disk = np.isin(operation.host_slots, read)
+            from_disk = self._planner.groups.by_block(count, np.isin(operation.host_slots, read))
             self._tell(Observer.load_ordered, operation.id, request_id, first, from_disk)
         return operation
 

@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm.errors import KvbmError
-from kvbm.logic.disk import DiskTier, FetchEnd
+from kvbm.logic.disk import DiskTier
+from kvbm.logic.fetch import FetchEnd
 from kvbm.logic.hashing import Hashes
 from kvbm.logic.history import BlockHistory, Fate
 from kvbm.logic.operations import Failure
-from kvbm.logic.planner import Loaded, Planner
+from kvbm.logic.outcome import Loaded
+from kvbm.logic.planner import Planner
 from kvbm.logic.pool import BlockEvent, BlockState, EventKind
 from kvbm.observe.requests import FirstMiss, Identity, Miss, RequestLog
 from kvbm.observe.trace import TraceWriter

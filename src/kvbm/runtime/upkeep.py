@@ -9,6 +9,7 @@ from kvbm.logic.index import Slots
 from kvbm.logic.planner import Planner
 from kvbm.logic.pool import BlockState
 
+_NO_SLOTS = np.empty(0, np.int64)
 MAX_PREFETCHES = 64  # that have not arrived; they begin with the engine's next step
 
 
@@ -77,7 +78,10 @@ class Upkeep:
     def pin(self, name: str, hashes: Hashes, until: float) -> int:
         """Keep what the host has of a prefix, half the tier at most; returns how many blocks."""
         room = max(0, self._pool.usable // 2 - self.pinned_blocks)
-        slots = self._pool.match(hashes)[:room]
+        wanted = hashes[: self._planner.longest(hashes)]
+        slots = self._planner.slots_of(wanted) if len(wanted) else _NO_SLOTS
+        if len(slots) > room:  # the head is of use without the tail only where one group needs all
+            slots = slots[:room] if self._planner.groups.single else _NO_SLOTS
         if len(slots):
             self._pool.pin(slots)
             self._pins[name] = (slots, until)
@@ -97,17 +101,13 @@ class Upkeep:
         Returns how many of its blocks the host has, and how many it lacks that the disk has; None if too many
         prefetches wait.
         """
-        here = self._pool.find(hashes) >= 0
-        there = np.zeros(len(hashes), bool)
+        coming = 0
         if self._disk is not None:
             if len(self._prefetches) >= MAX_PREFETCHES:
                 return None
-            slots = self._disk.pool.find(hashes)
-            there = (slots >= 0) & (self._disk.pool.states(slots) == BlockState.REGISTERED) & ~here
             self._prefetches[name] = hashes
-        gaps = np.flatnonzero(~(here | there))
-        coming = int(np.count_nonzero(there[: gaps[0]] if len(gaps) else there))
-        return len(self._pool.match(hashes)), coming
+            coming = self._disk.lacking(hashes)
+        return self._planner.longest(hashes), coming
 
     def tick(self, now: float) -> None:
         """Let go of what has expired or arrived. Once a step, after the disk tier's."""

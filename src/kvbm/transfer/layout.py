@@ -69,18 +69,21 @@ def recognise(tensors: Iterable[TensorView], num_blocks: int, record_bytes: int)
     """The layout of an engine's tensors, or LayoutError: what isn't understood is never guessed.
 
     record_bytes: what the engine says a block takes over all layers; the pieces found must add up to it.
-    Tensors that are the same memory (layers that share their KV) count once.
+    Tensors that are the same memory (layers that share their KV, or groups of layers that use the same blocks
+    by turns) count once.
     """
-    pieces: list[tuple[int, int, int]] = []  # address, block stride, bytes
-    seen: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
-    layers: dict[str, tuple[int, int]] = {}
+    memories: dict[int, list[tuple[int, int, int]]] = {}  # pieces as address, block stride, bytes
+    names: dict[str, int] = {}
     for tensor in tensors:
-        memory = (tensor.address, tensor.shape)
-        if memory not in seen:
-            first = len(pieces)
-            pieces.extend(_pieces(tensor, num_blocks))
-            seen[memory] = (first, len(pieces))
-        layers[tensor.name] = seen[memory]
+        names[tensor.name] = tensor.address
+        own = _pieces(tensor, num_blocks)
+        memories[tensor.address] = _larger(memories.get(tensor.address, own), own, tensor.name)
+    pieces: list[tuple[int, int, int]] = []
+    ranges: dict[int, tuple[int, int]] = {}
+    for address, own in memories.items():
+        ranges[address] = len(pieces), len(pieces) + len(own)
+        pieces += own
+    layers = {name: ranges[address] for name, address in names.items()}
     found = sum(size for _, _, size in pieces)
     if found != record_bytes:
         raise LayoutError(
@@ -88,6 +91,19 @@ def recognise(tensors: Iterable[TensorView], num_blocks: int, record_bytes: int)
             f"layout is not known and is not cached. Please report it with the engine's version and model."
         )
     return KvLayout(num_blocks, record_bytes, tuple(_merge(pieces)), layers)
+
+
+def _larger(
+    one: list[tuple[int, int, int]], other: list[tuple[int, int, int]], name: str
+) -> list[tuple[int, int, int]]:
+    """Of the pieces of two tensors at the same address those that cover the others'."""
+    if one == other:
+        return one
+    if len(one) == len(other) == 1 and one[0][1] == other[0][1]:
+        return max(one, other, key=lambda pieces: pieces[0][2])
+    raise LayoutError(
+        f"KV tensor {name} shares its memory with another in a way that is not known: not cached."
+    )
 
 
 def _pieces(tensor: TensorView, num_blocks: int) -> list[tuple[int, int, int]]:

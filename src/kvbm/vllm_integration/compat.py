@@ -9,6 +9,9 @@ from typing import Any
 
 from kvbm.errors import UnsupportedEngineError
 
+# The first block of vLLM's pool, which no request owns: in tables, what left a window or never was there.
+NULL_BLOCK = 0
+
 OLDEST = (0, 26)
 NEWEST = (0, 33)
 
@@ -31,6 +34,27 @@ def transfer_results(finished_recving: set[str], failed_recving: set[str]) -> An
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
     return KVConnectorTransferResults(finished_recving=finished_recving, failed_recving=failed_recving)
+
+
+def takes_back_requests() -> bool:
+    """vLLM 0.30 and later: whether a failed load can be told by request, and not by device block alone."""
+    from vllm.distributed.kv_transfer.kv_connector.v1 import base
+
+    return hasattr(base, "KVConnectorTransferResults")
+
+
+def offers_states() -> bool:
+    """Whether vLLM says which device block holds a recurrent state worth keeping: see `state_offers`."""
+    from vllm.v1.core.sched import output
+
+    state = getattr(output, "KVConnectorBlockState", None)
+    return "boundary_state_offloads" in getattr(state, "__dataclass_fields__", ())
+
+
+def state_offers(scheduler_output: Any) -> dict[str, list[tuple[int, int, int]]]:
+    """Recurrent states taken in this step, by request: group, device block, tokens before the state."""
+    state = getattr(scheduler_output, "kv_connector_block_state", None)
+    return getattr(state, "boundary_state_offloads", None) or {}
 
 
 def wanted_layout(version: str) -> str | None:

@@ -127,7 +127,7 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
     @_never_raises(lambda: None)
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if self.scheduler_side is not None:
-            self.scheduler_side.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+            self.scheduler_side.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     @_never_raises(KvbmMetadata)
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
@@ -151,7 +151,7 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         if self.scheduler_side is not None:
-            self.scheduler_side.finish(request, block_ids[0])
+            self.scheduler_side.finish(request, block_ids)
         return False, None
 
     @_never_raises(lambda: False)

@@ -5,13 +5,15 @@ A request with a feature that is not understood here is not cached.
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from kvbm.logic.groups import FULL, KvGroup, KvGroups
 from kvbm.logic.hashing import namespace_digest
+from kvbm.runtime.fingerprint import adapter_fingerprint
 from kvbm.transfer.arena import slot_bytes
-from kvbm.vllm_integration.fingerprint import adapter_fingerprint
+from kvbm.vllm_integration import compat
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class Geometry:
     record_bytes: int  # of one block on one rank
     num_device_blocks: int
     ranks: int
+    groups: KvGroups = field(default_factory=KvGroups)
 
     def host_bytes(self, num_slots: int) -> int:
         return num_slots * slot_bytes(self.record_bytes) * self.ranks
@@ -81,21 +84,58 @@ def geometry(vllm_config: Any, kv_cache_config: Any) -> Geometry | str:
         return "sleep mode, which remaps the KV cache, is not supported yet"
     if any(getattr(parallel, f"{kind}_context_parallel_size", 1) > 1 for kind in ("decode", "prefill")):
         return "context parallelism is not supported yet"
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        return f"hybrid models are not supported yet ({len(groups)} KV cache groups)"
-    spec = groups[0].kv_cache_spec
-    kind = type(spec).__name__
-    if kind not in ("FullAttentionSpec", "MLAAttentionSpec"):
-        return f"KV cache of kind {kind} is not supported yet"
-    if getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None):
-        return "sliding-window and chunked attention are not supported yet"
+    groups: list[KvGroup] = []
+    for group in kv_cache_config.kv_cache_groups:
+        kind = _group(group)
+        if isinstance(kind, str):
+            return kind
+        groups.append(kind)
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    if len({spec.block_size for spec in specs}) > 1:
+        return "KV cache groups with blocks of different sizes are not supported yet"
+    kv_groups = KvGroups(tuple(groups))
+    if not kv_groups.single and not compat.takes_back_requests():
+        return "hybrid models need vLLM 0.30 or later, which can be told of a failed load of one"
     return Geometry(
-        block_size=spec.block_size,
-        record_bytes=spec.page_size_bytes * len(groups[0].layer_names),
+        block_size=specs[0].block_size,
+        record_bytes=_record_bytes(kv_cache_config.kv_cache_groups),
         num_device_blocks=kv_cache_config.num_blocks,
         ranks=parallel.world_size,
+        groups=kv_groups,
     )
+
+
+def _group(group: Any) -> KvGroup | str:
+    """What of a prefix a group of layers needs, or the reason why it can't be cached."""
+    spec = group.kv_cache_spec
+    kind = type(spec).__name__
+    if not getattr(group, "enable_kv_transfer", True):
+        return f"a group of KV caches ({kind}) that vLLM does not let connectors move"
+    if kind in ("FullAttentionSpec", "MLAAttentionSpec"):  # with a window, it is kept whole all the same
+        return FULL
+    if kind == "SlidingWindowSpec":
+        reach = spec.sliding_window - 1 + getattr(spec, "extra_retained_tokens", 0)
+        return KvGroup(window=max(1, -(-reach // spec.block_size)), reach=reach)
+    if kind != "MambaSpec":
+        return f"KV cache of kind {kind} is not supported yet"
+    if spec.num_speculative_blocks:
+        return "recurrent states with speculative decoding are not supported yet"
+    if spec.mamba_cache_mode == "align" and compat.offers_states():
+        return KvGroup(window=1, offered=True)
+    if spec.mamba_cache_mode == "all":
+        return KvGroup(window=1, reach=1)
+    return f"recurrent states are not kept by this vLLM in mamba_cache_mode={spec.mamba_cache_mode}"
+
+
+def _record_bytes(groups: Sequence[Any]) -> int:
+    """Of a block of any group: the layers of groups share tensors, the first with the first, and so on."""
+    layers: list[int] = []
+    for group in groups:
+        spec, count = group.kv_cache_spec, len(group.layer_names)
+        size = getattr(spec, "real_page_size_bytes", None) if len(groups) > 1 else None
+        layers += [0] * (count - len(layers))
+        layers[:count] = [max(other, size or spec.page_size_bytes) for other in layers[:count]]
+    return sum(layers)
 
 
 def engine_namespace(vllm_config: Any, kv_cache_config: Any, shape: Geometry) -> bytes:
@@ -113,7 +153,8 @@ def engine_namespace(vllm_config: Any, kv_cache_config: Any, shape: Geometry) ->
             "kv_dtype": str(vllm_config.cache_config.cache_dtype),
             "block_size": shape.block_size,
             "record_bytes": shape.record_bytes,
-            "layers": len(kv_cache_config.kv_cache_groups[0].layer_names),
+            "layers": [len(group.layer_names) for group in kv_cache_config.kv_cache_groups],
+            "groups": [[group.window, group.reach] for group in shape.groups],
             "tensor_parallel": vllm_config.parallel_config.tensor_parallel_size,
         }
     )

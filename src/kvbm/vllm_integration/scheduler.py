@@ -5,9 +5,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from kvbm.config import Config
 from kvbm.errors import CapacityError
-from kvbm.logic.planner import Outcome
+from kvbm.logic.followed import NO_BLOCK, Passing
+from kvbm.logic.groups import KvGroups
+from kvbm.logic.outcome import Outcome
 from kvbm.observe.server import Server
 from kvbm.runtime.admin import Admin
 from kvbm.runtime.disk import disk_record_bytes, num_disk_slots, num_host_slots
@@ -29,8 +33,15 @@ class SchedulerSide:
     any; None: not at all.
     """
 
-    def __init__(self, leader: Leader | None, block_size: int, events_mode: str | None = None) -> None:
+    def __init__(
+        self,
+        leader: Leader | None,
+        block_size: int,
+        events_mode: str | None = None,
+        groups: KvGroups | None = None,
+    ) -> None:
         self.leader = leader
+        self._groups = groups or KvGroups()
         self._block_size = block_size
         self._requests: dict[str, Any] = {}
         self._extra_keys: dict[str, Mapping[int, bytes]] = {}  # of multimodal items, by block
@@ -78,25 +89,36 @@ class SchedulerSide:
             return None, False
         # An engine that has nothing else to do may as well start on the request while it is loaded. All
         # others would stand still meanwhile, so then the request waits and they go on.
-        in_step = leader.loads_in_step and not self._running and not self._loading
+        # Where a load may fail for want of a block in some group there is no way back inside a step.
+        in_step = leader.loads_in_step and self._groups.single and not self._running and not self._loading
         self._offered[request.request_id] = (first, useful, in_step)
         return blocks * self._block_size, blocks > 0 and not in_step
 
-    def allocated(self, request: Any, device_blocks: Sequence[int], num_external_tokens: int) -> None:
-        """vLLM gave the request `device_blocks`, all it has; num_external_tokens are ours to load."""
+    def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], num_external_tokens: int) -> None:
+        """vLLM gave the request `block_ids`, all of each group; num_external_tokens are ours to load."""
         leader, id_ = self.leader, request.request_id
         if leader is None or id_ not in self._requests:
             return
         loaded = num_external_tokens // self._block_size
+        tables = self._tables(block_ids)
         if id_ in self._offered:
             first, useful, _ = self._offered[id_]
             leader.answered(id_, first, loaded, useful)
         if loaded:
             first, _, in_step = self._offered[id_]
             (self._running if in_step else self._loading).add(id_)
-            leader.load(id_, first, loaded, device_blocks, in_step=in_step)
+            leader.load(id_, first, loaded, *tables, in_step=in_step)
         else:
-            leader.set_table(id_, device_blocks)
+            leader.set_table(id_, *tables)
+
+    def _tables(self, block_ids: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        """vLLM's block tables in the leader's words."""
+        if self._groups.single:
+            return block_ids
+        tables = [np.array(table, np.int32) for table in block_ids]
+        for table in tables:
+            table[table == compat.NULL_BLOCK] = NO_BLOCK
+        return [table.tolist() for table in tables]
 
     def _follow(self, request: Any) -> bool:
         """Whether the request is cached; decided when it is first seen."""
@@ -151,11 +173,34 @@ class SchedulerSide:
                 id_ = cached.req_ids[i]
                 changed.append(id_)
                 if id_ not in cached.resumed_req_ids:  # their table came with `allocated`
-                    leader.extend_table(id_, new_blocks[0])
+                    leader.extend_table(id_, *self._tables(new_blocks))
         self._running = set(scheduler_output.num_scheduled_tokens)
-        if changed:
-            leader.store(self._computed(changed, scheduler_output.num_scheduled_tokens))
+        if self._groups.single:
+            if changed:
+                leader.store(self._computed(changed, scheduler_output.num_scheduled_tokens))
+        else:
+            self._store_passing(changed, scheduler_output)
         return leader.take_orders(scheduler_output.total_num_scheduled_tokens)
+
+    def _store_passing(self, changed: list[str], scheduler_output: Any) -> None:
+        """Store where vLLM gives up blocks, of groups that need only the last ones, before a request ends."""
+        offers = compat.state_offers(scheduler_output)
+        ids = list(dict.fromkeys([*changed, *offers]))
+        passing = {
+            id_: Passing(
+                self._requests[id_].num_computed_tokens,
+                [
+                    (group, tokens // self._block_size - 1, block)
+                    for group, block, tokens in offers.get(id_, ())
+                    if tokens % self._block_size == 0
+                ],
+            )
+            for id_ in ids
+            if id_ in self._requests
+        }
+        if self.leader is not None and passing:
+            computed = self._computed(list(passing), scheduler_output.num_scheduled_tokens)
+            self._hold(self.leader.store(computed, passing))
 
     def _computed(self, request_ids: Sequence[str], num_scheduled: dict[str, int]) -> list[tuple[str, int]]:
         """Blocks of each request that are full, known and computed at the end of this step."""
@@ -178,7 +223,7 @@ class SchedulerSide:
 
     # ---- ends ----
 
-    def finish(self, request: Any, device_blocks: Sequence[int]) -> None:
+    def finish(self, request: Any, block_ids: Sequence[Sequence[int]]) -> None:
         """The request has ended and vLLM is about to free its blocks; we keep those that copies read."""
         id_ = request.request_id
         self._running.discard(id_)
@@ -192,11 +237,9 @@ class SchedulerSide:
             tokens = 0
         self._hash(request)
         hasher = self.leader.hasher(id_)
-        outcome = self.leader.finish(id_, device_blocks, tokens // self._block_size)
+        outcome = self.leader.finish(id_, tokens // self._block_size, *self._tables(block_ids))
         self.leader.ended(id_, hasher, request.num_tokens - request.num_prompt_tokens)
-        for held in outcome.hold:
-            self._held.update(held.tolist())
-        self._apply(outcome)
+        self._hold(outcome)
         self._loading.discard(id_)
         for table in (self._requests, self._extra_keys, self._offered):
             table.pop(id_, None)
@@ -219,6 +262,12 @@ class SchedulerSide:
             self.observer.close()
 
     # ---- device blocks ----
+
+    def _hold(self, outcome: Outcome) -> None:
+        """Keep what offloads read: they give it back."""
+        for held in outcome.hold:
+            self._held.update(held.tolist())
+        self._apply(outcome)
 
     def _apply(self, outcome: Outcome) -> None:
         for blocks in outcome.hold:
@@ -259,12 +308,13 @@ def make_scheduler_side(vllm_config: Any, kv_cache_config: Any, config: Config) 
         block_size=shape.block_size,
         num_slots=slots_of(shape, config),
         ranks=shape.ranks,
+        groups=shape.groups,
         disk_slots=disk_slots_of(shape, config),
         disk_record_bytes=disk_record_bytes(shape.record_bytes, shape.ranks),
         observer=observer,
     )
-    events_mode = config.observe.events_mode if config.observe.events else None
-    side = SchedulerSide(leader, shape.block_size, events_mode)
+    events_mode = config.observe.events_mode if config.observe.events and shape.groups.single else None
+    side = SchedulerSide(leader, shape.block_size, events_mode, shape.groups)
     block_bytes, disk_block_bytes = shape.host_bytes(1), disk_record_bytes(shape.record_bytes, shape.ranks)
     side.stats = StatsSource(leader, observer.log, block_bytes, disk_block_bytes)
     side.observer = observer

@@ -5,32 +5,16 @@ under the same name, another kernel or another CPU. Whatever changes the bytes m
 change that leaves them alone costs a cold start.
 """
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import vllm
 
 from kvbm.logic.hashing import namespace_digest
+from kvbm.runtime.fingerprint import device_fingerprint, fingerprint
 from kvbm.transfer.layout import block_dimension
-from kvbm.vllm_integration.fingerprint import fingerprint
 from kvbm.vllm_integration.identity import Geometry, engine_namespace
-
-# vLLM's CPU kernels order a block's values as these instructions like them.
-_CPU_FLAGS = {
-    "avx2",
-    "avx512f",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_tile",
-    "amx_bf16",
-    "amx_int8",
-    "asimd",
-    "sve",
-}
-
 
 def record_namespace(
     vllm_config: Any, kv_cache_config: Any, shape: Geometry, kv_caches: Mapping[str, Any]
@@ -44,21 +28,11 @@ def record_namespace(
             "load_format": str(vllm_config.load_config.load_format),
             "seed": model.seed,
             "vllm": vllm.__version__,
-            "device": _device(next(iter(kv_caches.values())).device),
+            "device": device_fingerprint(next(iter(kv_caches.values())).device),
             "backends": _backends(vllm_config, kv_caches),
             "tensors": [_tensor(name, tensor, shape) for name, tensor in kv_caches.items()],
         }
     )
-
-
-def _device(device: torch.device) -> list[object]:
-    if device.type == "cuda":
-        return ["cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)]
-    try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        words = set()
-    return [device.type, os.uname().machine, sorted(words & _CPU_FLAGS)]
 
 
 def _backends(vllm_config: Any, kv_caches: Mapping[str, Any]) -> list[str]:

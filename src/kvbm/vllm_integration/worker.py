@@ -51,6 +51,8 @@ class WorkerSide:
         self._kv_cache_config = kv_cache_config
         self._rank: int = vllm_config.parallel_config.rank
         self._shape = geometry(vllm_config, kv_cache_config) if config.enabled else "KVBM is not configured"
+        # vLLM can't tell a block of one group from one of another: failed loads are told by request.
+        self._by_block = not isinstance(self._shape, str) and self._shape.groups.single
         self._worker: Worker | None = None
         self._refused: str | None = None
         self._announced_slots = -1
@@ -63,7 +65,7 @@ class WorkerSide:
         self._num_slots = 0
         self._timed = False
         self._computes = True
-        self._found = _FoundRecords()
+        self._found = FoundRecords()
         self._announced_refusal: str | None = None
 
     def register(self, kv_caches: Mapping[str, Any]) -> None:
@@ -174,7 +176,10 @@ class WorkerSide:
             if load is None:
                 continue
             snapshot.finished_recving.add(load.request_id)
-            if completion.quiesced:
+            if not self._by_block:
+                if len(completion.failed):
+                    snapshot.failed_recving.add(load.request_id)
+            elif completion.quiesced:
                 snapshot.failed_blocks.update(load.device_blocks[completion.failed].tolist())
             else:
                 snapshot.failed_recving.add(load.request_id)
@@ -217,19 +222,9 @@ class WorkerSide:
 
     def _make_worker(self, kv_caches: Mapping[str, Any], shape: Geometry, slots: int) -> Worker:
         config = self._config
-        layout = recognise(
-            (tensor_view(name, tensor) for name, tensor in kv_caches.items()),
-            shape.num_device_blocks,
-            shape.record_bytes,
-        )
-        arena = HostArena(slots, layout.record_bytes)
-        device = next(iter(kv_caches.values())).device
-        wanted = config.transfer.copy_method
-        engine = make_copy_engine(layout, arena, device, None if wanted == "auto" else Method(wanted))
-        prove(kv_caches, layout, engine, arena)
-        disk = None
-        if config.has_disk:
-            disk = start_storage(
+
+        def start_disk(arena: HostArena) -> StorageClient:
+            return start_storage(
                 config,
                 arena,
                 num_slots=disk_slots_of(shape, config),
@@ -238,56 +233,7 @@ class WorkerSide:
                 ranks=shape.ranks,
                 replica=compat.replica_of(self._vllm_config.parallel_config),
             )
-        checksum = config.host.checksum
-        return Worker(
-            HostRecords(arena, engine, checksum=device.type == "cpu" if checksum is None else checksum),
-            # More threads than half the cores would take them from the model.
-            threads=max(1, min(config.transfer.max_concurrent, (os.cpu_count() or 2) // 2)),
-            disk=disk,
+
+        return make_worker(
+            config, kv_caches, shape.num_device_blocks, shape.record_bytes, num_slots=slots, start_disk=start_disk
         )
-
-
-def make_copy_engine(
-    layout: KvLayout, arena: HostArena, device: torch.device, method: Method | None = None
-) -> CopyEngine:
-    """The engine for KV tensors on `device`."""
-    if device.type == "cpu":
-        return CpuCopyEngine(layout, arena)
-    if device.type == "cuda":
-        from kvbm.transfer.cuda.engine import CudaCopyEngine
-
-        return CudaCopyEngine(layout, arena, device, method=method)
-    raise LayoutError(f"The KV cache lies on {device}: KVBM copies from CPU and CUDA devices only.")
-
-
-class _FoundRecords:
-    """What an earlier run left on disk, told to the leader in pieces that no step notices."""
-
-    _PIECE = 32768
-
-    def __init__(self) -> None:
-        self._slots = np.empty(0, np.int32)
-        self._hashes = np.empty((0, 2), np.uint64)
-        self._told = 0
-        self.foreign = False
-        self.wants_report = False
-
-    def add(self, found: Sequence[Found]) -> None:
-        """All of it, once."""
-        if found:
-            self._slots = np.concatenate([part.slots for part in found])
-            self._hashes = np.concatenate([part.hashes for part in found])
-            self.foreign = any(part.foreign for part in found)
-            self.wants_report = True
-
-    def next_piece(self) -> tuple[tuple[BlockIds, Hashes] | None, bool]:
-        """The next piece and whether it is the last."""
-        if not self.wants_report:
-            return None, False
-        part = slice(self._told, self._told + self._PIECE)
-        self._told += self._PIECE
-        piece = self._slots[part], self._hashes[part]
-        self.wants_report = self._told < len(self._slots)
-        if not self.wants_report:  # 20 bytes a record, which nobody needs any more
-            self._slots, self._hashes = self._slots[:0].copy(), self._hashes[:0].copy()
-        return piece, not self.wants_report
