@@ -12,6 +12,7 @@ import pytest
 
 from tests.engine import scenarios
 from tests.engine.harness import Engine
+from tests.engine.pair import Pair
 from tests.engine.prompts import Prompts
 from tests.engine.scenarios import Ask
 
@@ -173,3 +174,10 @@ def _expecting(baseline: Engine) -> Expect:
         return result
 
     return expect
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Pair]:
+    pair = Pair()
+    yield pair
+    pair.close()

@@ -37,7 +37,7 @@ KVBM = {
     "kv_connector_module_path": "kvbm.vllm_integration.connector",
 }
 # float32: in bfloat16 the outputs depend on the composition of the batch, with or without a connector.
-_ENGINE = {
+ENGINE = {
     "dtype": "float32",
     "enforce_eager": True,
     "block_size": BLOCK_SIZE,
@@ -70,7 +70,7 @@ class Engine:
     ) -> None:
         if kvbm is not None:
             options["kv_transfer_config"] = {**KVBM, "kv_connector_extra_config": kvbm}
-        self._start(env or {}, str(model), {**_ENGINE, **options})
+        self._start(env or {}, str(model), {**ENGINE, **options})
 
     def _start(self, env: dict[str, str], model: str | None, options: dict[str, Any]) -> None:
         context = multiprocessing.get_context("spawn")
