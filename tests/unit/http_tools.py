@@ -115,6 +115,9 @@ class Nothing:
     def clear(self, tier: str | None = None, salt: str | None = None) -> int:
         return 0
 
+    def new_weights(self, version: str | None = None) -> str:
+        return version or "unnamed"
+
     def resize(self, tier: str, blocks: int) -> int:
         return blocks
 
@@ -130,6 +133,7 @@ class Nothing:
 
 ORDERS = {
     "clear": {"tier": None, "salt": None},
+    "weights": {"version": "step 7"},
     "resize": {"tier": "host", "blocks": HOST},
     "pin": {"tokens": PREFIX, "ttl_s": 10},
     "prefetch": {"tokens": PREFIX},

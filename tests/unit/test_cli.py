@@ -124,7 +124,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version") == (0, f"kvbm {__version__}\n", "")
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    for command in ("doctor", "status", "explain", "simulate", "bench", "config", "clear"):
+    for command in ("doctor", "status", "explain", "simulate", "bench", "config", "clear", "weights"):
         assert command in out
         assert run(capsys, command, "--help")[0] == 0
 
@@ -275,6 +275,17 @@ def test_explain_of_an_unknown_request(capsys: pytest.CaptureFixture[str], engin
     )
 
 
+def test_weights(capsys: pytest.CaptureFixture[str], engine: Engine) -> None:
+    engine.answer = lambda path: (200, b'{"version": "step 7"}')
+    assert run(capsys, "weights", "step 7", "--url", engine.url) == (0, "New weights: step 7.\n", "")
+    assert "no name" in run(capsys, "weights", "--url", engine.url)[1]
+    assert json.loads(run(capsys, "weights", "--url", engine.url, "--json")[1]) == {"version": "step 7"}
+    assert [seen[:3] for seen in engine.seen[:2]] == [
+        ("POST", "/api/weights", {"version": "step 7"}),
+        ("POST", "/api/weights", {"version": None}),
+    ]
+
+
 def test_clear(capsys: pytest.CaptureFixture[str], engine: Engine) -> None:
     assert run(capsys, "clear", "--url", engine.url) == (0, "Dropped 1,234 blocks from all tiers.\n", "")
     assert run(capsys, "clear", "--url", engine.url, "--tier", "disk")[1].endswith("from disk.\n")
@@ -328,7 +339,7 @@ def test_server_that_refuses(
     capsys: pytest.CaptureFixture[str], engine: Engine, code: int, content: bytes, words: str
 ) -> None:
     engine.answer = lambda path: (code, content)
-    for command in ("status", "explain", "clear"):
+    for command in ("status", "explain", "clear", "weights"):
         status, out, err = run(capsys, command, "--url", engine.url, "--token", TOKEN, "--json")
         assert (status, out) == (1, "")
         assert words in err
@@ -338,7 +349,7 @@ def test_server_that_refuses(
 
 def test_no_server(capsys: pytest.CaptureFixture[str], engine: Engine) -> None:
     url = "http://127.0.0.1:9"
-    for command in ("status", "explain", "clear"):
+    for command in ("status", "explain", "clear", "weights"):
         code, out, err = run(capsys, command, "--url", url)
         assert (code, out) == (1, "")
         assert f"No KVBM server answers at {url}" in err

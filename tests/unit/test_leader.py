@@ -186,7 +186,7 @@ def test_abandon_cancels_and_releases() -> None:
 
 def test_clear() -> None:
     leader = cached(make_ready(make_leader()[0]))
-    assert leader.clear()
+    assert leader.reset()
     arrive(leader, "b", 12)
     assert leader.match("b", 0) == 0
 
@@ -450,7 +450,8 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "abandon": (),
     "receive": ([WorkerReport(0, SLOTS, SLOTS, completions=[Completion(0, np.empty(0, np.int32))])],),
     "tick": (),
-    "clear": (),
+    "reset": (),
+    "new_weights": ("b",),
 }
 ANSWERS: dict[str, Any] = {
     "start": None,
@@ -464,7 +465,8 @@ ANSWERS: dict[str, Any] = {
     "abandon": Outcome(),
     "receive": [],
     "tick": None,
-    "clear": False,
+    "reset": False,
+    "new_weights": None,
 }
 
 
@@ -555,7 +557,7 @@ def test_subscribers_hear_of_blocks() -> None:
     unsubscribe = leader.subscribe(heard.append)
     cached(leader)
     assert [(event.kind, len(event.hashes), event.tier) for event in heard] == [(EventKind.STORED, 3, "host")]
-    leader.clear()
+    leader.reset()
     assert [event.kind for event in heard] == [EventKind.STORED, EventKind.REMOVED]
     unsubscribe()
     cached(leader, 2)
@@ -574,7 +576,7 @@ def test_a_subscriber_that_raises_is_unsubscribed(caplog: pytest.LogCaptureFixtu
     unsubscribe = leader.subscribe(broken)
     leader.subscribe(heard.append)
     cached(leader)
-    leader.clear()
+    leader.reset()
     assert len(calls) == 1
     assert len(heard) == 2
     assert leader.ready

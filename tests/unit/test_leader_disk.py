@@ -365,7 +365,7 @@ def test_clear_reaches_the_ranks_even_of_an_idle_engine() -> None:
     e = Engine()
     e.run("a", 2)
     assert not e.leader.has_work
-    assert e.leader.clear()
+    assert e.leader.reset()
     assert e.leader.has_work
     orders = e.step()
     assert orders.forget_all
@@ -382,7 +382,7 @@ def test_what_was_ordered_but_not_taken_is_not_written_after_the_clearing() -> N
     e.leader.set_table("a", [0, 1])
     e.leader.store([("a", 2)])
     e.done(*e.step().operations)
-    e.leader.clear()
+    e.leader.reset()
     orders = e.step()
     assert orders.operations == []
     assert orders.forget_all
@@ -395,7 +395,7 @@ def test_without_a_disk_nothing_is_forgotten_there() -> None:
     config = load_config(environ={}, host__num_blocks=HOST)
     leader = Leader(config, namespace=b"n" * 16, block_size=BLOCK, num_slots=HOST, ranks=1)
     assert leader.disk is None
-    leader.clear()
+    leader.reset()
     assert leader.take_orders(tokens=1000) == StepOrders(tokens=1000)
 
 

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 from kvbm import __version__
-from kvbm.cli import bench, clear, config, doctor, explain, simulate, status
+from kvbm.cli import bench, clear, config, doctor, explain, simulate, status, weights
 from kvbm.errors import ConfigError, KvbmError, UsageError
 
-COMMANDS = (doctor, config, status, explain, clear, simulate, bench)
+COMMANDS = (doctor, config, status, explain, clear, weights, simulate, bench)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -38,6 +38,11 @@ def namespace_digest(fields: Mapping[str, object]) -> bytes:
     return blake2b(canonical.encode(), digest_size=HASH_BYTES, person=b"kvbm namespace").digest()
 
 
+def epoch_namespace(namespace: bytes, weights: str) -> bytes:
+    """Namespace of the same cache with other weights, which have this name."""
+    return namespace_digest({"namespace": namespace.hex(), "weights": weights})
+
+
 def root_hash(
     namespace: bytes, block_size: int, *, salt: str | None = None, adapter: str | None = None
 ) -> bytes:

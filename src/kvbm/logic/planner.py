@@ -365,6 +365,18 @@ class Planner:
         for request in self._requests.values():
             request.failures = MAX_FAILURES
 
+    def fence(self) -> None:
+        """What is on its way is never registered, and who runs now neither reads nor writes any more.
+
+        Takes as long as there are requests and operations, however many blocks there are.
+        """
+        for in_flight in list(self._in_flight.values()):
+            if in_flight.is_offload:
+                slots = in_flight.slots
+                self.drop(slots[self.pool.states(slots) == _COMPLETE], Fate.CLEARED)
+        for request in self._requests.values():
+            request.failures, request.load_failed = MAX_FAILURES, True
+
     def clear_tag(self, tag: int) -> int:
         """Forget the blocks with this tag, and those of unknown origin; returns how many.
 

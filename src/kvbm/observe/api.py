@@ -42,6 +42,8 @@ from kvbm.observe.schema import (
     Resized,
     ResizeOrder,
     Status,
+    Weights,
+    WeightsOrder,
     status_of,
 )
 
@@ -64,6 +66,7 @@ class AdminLike(Protocol):
     def request(self, request_id: str) -> dict[str, Any] | None: ...
     def misses(self) -> dict[str, int]: ...
     def clear(self, tier: str | None = None, salt: str | None = None) -> int: ...
+    def new_weights(self, version: str | None = None) -> str: ...
     def resize(self, tier: str, blocks: int) -> int: ...
     def pin(self, tokens: list[int], ttl_s: float, salt: str | None = None) -> tuple[str, int]: ...
     def unpin(self, name: str) -> int: ...
@@ -204,6 +207,13 @@ def _guarded_routes(admin: AdminLike, page: bytes, page_headers: dict[str, str])
     def clear(order: Annotated[ClearOrder, Depends(_parsed(ClearOrder))]) -> Cleared:
         """Forget all blocks, those of one tier, or those of one salt in every tier."""
         return Cleared(cleared_blocks=admin.clear(order.tier, order.salt))
+
+    @router.post(
+        "/api/weights", openapi_extra=_order(WeightsOrder), responses=_refusals(400, 409) | takes_body
+    )
+    def new_weights(order: Annotated[WeightsOrder, Depends(_parsed(WeightsOrder))]) -> Weights:
+        """The model's weights have changed: what was computed with the old ones is not used any more."""
+        return Weights(version=admin.new_weights(order.version))
 
     @router.post("/api/resize", openapi_extra=_order(ResizeOrder), responses=_refusals(400, 409) | takes_body)
     def resize(order: Annotated[ResizeOrder, Depends(_parsed(ResizeOrder))]) -> Resized:

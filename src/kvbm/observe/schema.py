@@ -33,6 +33,12 @@ class ClearOrder(Order):
     salt: Salt = None
 
 
+class WeightsOrder(Order):
+    version: str | None = Field(
+        None, max_length=1000, description="names the new weights in all runs; null: they have no name"
+    )
+
+
 class ResizeOrder(Order):
     tier: Tier
     blocks: int = Field(ge=1, description="to be used, of those that the tier was started with")
@@ -145,6 +151,10 @@ class Requests(BaseModel):
 
 class Cleared(BaseModel):
     cleared_blocks: int
+
+
+class Weights(BaseModel):
+    version: str
 
 
 class Resized(BaseModel):

@@ -119,6 +119,14 @@ class Admin:
         logger.info("KVBM: cleared on request: %d blocks %s", blocks, what)
         return blocks
 
+    def new_weights(self, version: str | None = None) -> str:
+        """The model's weights have changed; returns the name of the new ones. See `Leader.new_weights`."""
+        named = self._leader.new_weights(version)
+        if named is None:
+            raise StateError(f"Caching is off: {self._leader.off_reason}.")
+        logger.info("KVBM: new weights on request: %s", named)
+        return named
+
     def resize(self, tier: str, blocks: int) -> int:
         """Use at most so many blocks of what the tier was started with; returns how many those are."""
         self._known_tier(tier)

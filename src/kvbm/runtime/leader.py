@@ -11,6 +11,7 @@ import logging
 import sys
 import threading
 import time
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, TypeVar
@@ -22,7 +23,7 @@ from kvbm.logic.disk import DiskTier
 from kvbm.logic.estimate import LoadEstimate
 from kvbm.logic.followed import NO_BLOCK, Passing
 from kvbm.logic.groups import KvGroups
-from kvbm.logic.hashing import Hashes, SequenceHasher, root_hash, salt_tag
+from kvbm.logic.hashing import Hashes, SequenceHasher, epoch_namespace, root_hash, salt_tag
 from kvbm.logic.history import Fate
 from kvbm.logic.index import Slots
 from kvbm.logic.operations import Direction, Operation
@@ -95,7 +96,8 @@ class Leader:
         self.administered = False  # what happens now is asked for by another thread than the engine's
         self.off_reason: str | None = None  # set: nothing is cached, and why
         self.not_cached: Counter[str] = Counter()  # requests by reason
-        self._namespace = namespace
+        self._base_namespace = namespace
+        self._namespace = namespace  # of the present weights
         self._block_size = block_size
         self._num_slots = num_slots
         self._ranks = ranks
@@ -384,9 +386,12 @@ class Leader:
         """Whether the engine must step on, though it has no request, so that orders and reports travel."""
         return bool(self._orders.operations) or self._orders.forget_all or self._has_work()
 
-    def clear(self) -> bool:
-        """Forget all blocks of the host tier; False if that could not be done."""
-        return self._clear()
+    def reset(self) -> bool:
+        """The engine resets its caches, as after a change of weights: forget all blocks.
+
+        False if that could not be done.
+        """
+        return self._reset()
 
     # ---- administration, from any thread ----
 
@@ -405,6 +410,22 @@ class Leader:
         finally:
             self.administered = False
             self._orders.forget_all |= self.upkeep.take_forget_all()
+
+    @_off_on_error(lambda: None)
+    def new_weights(self, version: str | None) -> str:
+        """The model's weights have changed: blocks of the old ones are never used for the new ones.
+
+        version: what names the new weights, in this run and others; None: they have no name, and their blocks
+        are of no use to another run. Returns the name. Takes no longer for more blocks: those of the old
+        weights stay until their room is wanted, and are there again when the old weights are.
+        """
+        return self._begin_epoch(version)
+
+    def _begin_epoch(self, version: str | None) -> str:
+        version = uuid.uuid4().hex if version is None else version
+        self._namespace = epoch_namespace(self._base_namespace, version)
+        self._planner.fence()
+        return version
 
     # ---- guarded insides ----
 
@@ -498,7 +519,8 @@ class Leader:
         return self._planner.has_work or (self._disk is not None and self._disk.has_work)
 
     @_off_on_error(lambda: False)
-    def _clear(self) -> bool:
+    def _reset(self) -> bool:
+        self._begin_epoch(None)
         self.upkeep.clear(None, None)
         self._orders.forget_all |= self.upkeep.take_forget_all()
         return True

@@ -245,7 +245,7 @@ class SchedulerSide:
             table.pop(id_, None)
 
     def reset(self) -> bool:
-        return self.leader is None or self.leader.clear()
+        return self.leader is None or self.leader.reset()
 
     @property
     def has_work(self) -> bool:
