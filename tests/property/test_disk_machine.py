@@ -272,7 +272,7 @@ class Simulation:
         self.finish()
 
     def clear(self) -> None:
-        assert self.leader.clear()
+        assert self.leader.reset()
         assert self.host.num_registered == self.disk.pool.num_registered == 0
         self.counts["clears"] += 1
 

@@ -9,6 +9,7 @@ import numpy as np
 from kvbm.logic.admission import FrequencyFilter, WriteBudget
 from kvbm.logic.disk import DiskLimits, DiskTier
 from kvbm.logic.estimate import LoadEstimate
+from kvbm.logic.groups import KvGroups
 from kvbm.logic.hashing import Hashes
 from kvbm.logic.history import Fate
 from kvbm.logic.index import Slots
@@ -44,6 +45,7 @@ class Tier:
         admission: FrequencyFilter | None = None,
         budget: WriteBudget | None = None,
         estimate: LoadEstimate | None = None,
+        groups: KvGroups | None = None,
         ready: bool = True,
         **limits: Any,
     ) -> None:
@@ -58,6 +60,7 @@ class Tier:
             ranks=ranks,
             ids=itertools.count(),
             drop=self.drop,
+            groups=groups,
             limits=DiskLimits(**{"timeout_s": TIMEOUT_S, **limits}),
             admission=admission,
             budget=budget,

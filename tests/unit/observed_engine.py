@@ -11,6 +11,8 @@ import numpy as np
 
 from kvbm.config import load_config
 from kvbm.logic.disk import DiskTier
+from kvbm.logic.followed import Passing
+from kvbm.logic.groups import KvGroups
 from kvbm.logic.hashing import Hashes
 from kvbm.logic.operations import Completion, Direction, Failure, Operation
 from kvbm.logic.pool import BlockPool, BlockState
@@ -35,7 +37,14 @@ class Engine:
     """host, disk: blocks; disk = 0: no disk tier. ready: the disk tier knows that it has nothing."""
 
     def __init__(
-        self, *, ranks: int = 2, host: int = 16, disk: int = 0, ready: bool = True, **settings: Any
+        self,
+        *,
+        ranks: int = 2,
+        host: int = 16,
+        disk: int = 0,
+        ready: bool = True,
+        groups: KvGroups | None = None,
+        **settings: Any,
     ) -> None:
         self.now = 5000.0
         self.ranks = ranks
@@ -59,6 +68,7 @@ class Engine:
             block_size=BLOCK,
             num_slots=host,
             ranks=ranks,
+            groups=groups,
             disk_slots=disk,
             disk_record_bytes=DISK_BLOCK_BYTES,
             observer=self.observer,
@@ -70,7 +80,8 @@ class Engine:
         self.store: dict[int, Any] = {}  # disk slots and the hashes of what the ranks have there
         self.forgotten: list[int] = []
         self.forgot_all = 0
-        self._tables: dict[str, list[int]] = {}
+        self.groups = len(groups or KvGroups())
+        self._tables: dict[str, list[list[int]]] = {}
         self._prompts: dict[str, int] = {}
         self._next_block = 0
         for rank in range(ranks):
@@ -168,22 +179,25 @@ class Engine:
         blocks = -(-self._prompts[id_] // BLOCK)
         table = list(range(self._next_block, self._next_block + blocks))
         self._next_block += blocks
-        self._tables[id_] = table
+        tables = [table] * self.groups
+        self._tables[id_] = tables
         self.leader.answered(id_, device, loaded, useful)
         self.now += 0.001
         if loaded:
-            self.leader.load(id_, device, loaded, table)
+            self.leader.load(id_, device, loaded, *tables)
         else:
-            self.leader.set_table(id_, table)
+            self.leader.set_table(id_, *tables)
         return loaded
 
     def compute(self, id_: str) -> None:
         """All its full blocks are computed."""
-        self.leader.store([(id_, self._prompts[id_] // BLOCK)])
+        passing = {id_: Passing(0)} if self.groups > 1 else None
+        self.leader.store([(id_, self._prompts[id_] // BLOCK)], passing)
 
     def end(self, id_: str, computed: int | None = None) -> None:
         full = self._prompts.pop(id_) // BLOCK
-        self.leader.finish(id_, full if computed is None else computed, self._tables.pop(id_, []))
+        tables = self._tables.pop(id_, [[]] * self.groups)
+        self.leader.finish(id_, full if computed is None else computed, *tables)
         self.leader.ended(id_)
 
     def serve(self, id_: str, tokens: Sequence[int], device: int = 0, **identity: Any) -> RequestRecord:

@@ -390,7 +390,7 @@ def test_the_pool_publishes_what_is_merged(engine: Engine) -> None:
     assert router.known[CPU] == ({12} if engine.mode == "dedup" else {10, 11, 12})
     assert not engine.events.pending
     engine.pool.kv_event_queue += [removed(11), removed(10)]
-    engine.leader.clear()
+    engine.leader.reset()
     router.read(engine.pool.take_events())
     assert router.union == set()
 

@@ -205,7 +205,7 @@ def life(e: Engine) -> list[Any]:
         e.lose_host()
     e.leader.refuse("pooling request", "r", 20)
     e.leader.ended("r")
-    e.leader.clear()
+    e.leader.reset()
     e.step(seconds=10.0)
     seen.append((e.leader.stats.offloaded_blocks, e.leader.stats.onboarded_blocks, e.leader.off_reason))
     return seen

@@ -88,7 +88,7 @@ def test_a_clear_ends_pins(clearing: dict[str, Any] | None) -> None:
     e.serve("a", PROMPT_A, salt="x")
     name, _ = e.admin.pin(A, 60.0, salt="x")
     if clearing is None:
-        e.leader.clear()
+        e.leader.reset()
     else:
         e.admin.clear(**clearing)
     assert e.in_host(A, "x") == 0

@@ -2,6 +2,7 @@
 
 import pytest
 
+from kvbm.observe.requests import Miss
 from tests.unit.observed_engine import Engine, tokens_of
 
 A = tokens_of(4)
@@ -57,6 +58,17 @@ def test_a_reset_by_the_engine_is_a_change_of_weights(e: Engine) -> None:
     e.serve("b", PROMPT_A)
     assert (e.in_host(A), e.on_disk(A)) == (4, 4)
     assert e.restart().on_disk(A) == 0
+
+
+def test_the_explanation_says_so(e: Engine) -> None:
+    e.now += 5
+    e.admin.new_weights("step 1")
+    e.now += 2
+    e.serve("b", PROMPT_A)
+    words = "the model's weights had changed, or all caches were reset, 2.0 s before"
+    assert e.why("b") == (Miss.CLEARED, f"Block 0 was missed: {words}.")
+    e.serve("other", [*tokens_of(4, 900), 7])
+    assert e.why("other")[0] == Miss.NEVER_SEEN
 
 
 def test_blocks_on_their_way_are_never_registered(e: Engine) -> None:

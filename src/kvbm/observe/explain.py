@@ -23,8 +23,12 @@ def explain(
     history: BlockHistory,
     *,
     foreign_records: bool = False,
+    weights_changed: float | None = None,
 ) -> Explanation:
-    """foreign_records: the disk cache held blocks of another model or geometry when it was opened."""
+    """foreign_records: the disk cache held blocks of another model or geometry when it was opened.
+
+    weights_changed: when, by the leader's clock.
+    """
     miss = record.miss
     if not record.answered and record.finished:
         return Explanation(None, "The request ended before the engine had started on it.")
@@ -40,6 +44,10 @@ def explain(
     if entries:
         reason, detail = _of_history(entries, record.clock)
         return Explanation(reason, _sentence(miss.block, detail))
+    if weights_changed is not None and _had_come_before(weights_changed, record, others):
+        ago = max(0.0, record.clock - weights_changed)
+        detail = f"the model's weights had changed, or all caches were reset, {ago:.1f} s before"
+        return Explanation(Miss.CLEARED, _sentence(miss.block, detail))
     if miss.block == 0 and _has_twin(record, others):
         detail = "another request had the same tokens under another salt or adapter, which never share"
         return Explanation(Miss.OTHER_IDENTITY, _sentence(miss.block, detail))
@@ -104,6 +112,14 @@ def _words(entry: Entry, clock: float) -> str:
 
 def _sentence(block: int, detail: str) -> str:
     return f"Block {block} was missed: {detail}."
+
+
+def _had_come_before(moment: float, record: RequestRecord, records: Iterable[RequestRecord]) -> bool:
+    """Whether a request that began alike was answered before the moment, and this one after it."""
+    mine = record.identity
+    return record.clock >= moment and any(
+        other.identity == mine and other.answered and other.clock < moment for other in records
+    )
 
 
 def _has_twin(record: RequestRecord, records: Iterable[RequestRecord]) -> bool:

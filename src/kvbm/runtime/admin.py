@@ -187,7 +187,13 @@ class Admin:
         if record.explanation is not None:
             return record.explanation
         observer = self._observer
-        explanation = explain(record, records, observer.history, foreign_records=observer.foreign_records)
+        explanation = explain(
+            record,
+            records,
+            observer.history,
+            foreign_records=observer.foreign_records,
+            weights_changed=observer.weights_changed,
+        )
         if record.finished:
             record.explanation = explanation
         return explanation

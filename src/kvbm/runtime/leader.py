@@ -425,6 +425,7 @@ class Leader:
         version = uuid.uuid4().hex if version is None else version
         self._namespace = epoch_namespace(self._base_namespace, version)
         self._planner.fence()
+        self._tell(Observer.new_weights, self._clock())
         return version
 
     # ---- guarded insides ----

@@ -59,6 +59,7 @@ class Observer:
         self.detailed = config.metrics
         self.history = BlockHistory(config.history_blocks if self.detailed else 1)
         self.foreign_records = False
+        self.weights_changed: float | None = None  # when, by the leader's clock
         self.engine = engine
         self._wall = wall
         self._loads: dict[int, _Load] = {}
@@ -72,6 +73,9 @@ class Observer:
     def block_event(self, event: BlockEvent, now: float) -> None:
         if event.kind == EventKind.REMOVED and event.fate is not None and self.detailed:
             self.history.add(event.hashes, event.tier, event.fate, now, event.wanted)
+
+    def new_weights(self, now: float) -> None:
+        self.weights_changed = now
 
     def not_taken(self, tier: str, hashes: Hashes, fate: Fate, now: float) -> None:
         if self.detailed:
@@ -158,6 +162,17 @@ def _of_load(load: _Load, done: Loaded) -> FirstMiss:
     return FirstMiss(block, reason=Miss.COPY_FAILED, detail=detail)
 
 
+def _missing_key(planner: Planner, hashes: Hashes, block: int) -> Hashes:
+    """Key of what the host lacks to go on behind this block: of it, or of one before it in some group."""
+    if not planner.groups.single:
+        for group, first in enumerate(planner.groups.needed(block + 1)):
+            keys = planner.groups.keys(hashes[first : block + 1], group)
+            lost = np.flatnonzero(planner.registered(keys) < 0)
+            if len(lost):
+                return keys[lost[-1] :][:1]
+    return hashes[block : block + 1]
+
+
 def first_miss(request_id: str, block: int, planner: Planner, disk: DiskTier | None) -> FirstMiss:
     """The block of the request that no tier gave it, and why, as far as that shows now."""
     hasher = planner.hasher(request_id)
@@ -165,7 +180,7 @@ def first_miss(request_id: str, block: int, planner: Planner, disk: DiskTier | N
         return FirstMiss(block)
     if not planner.may_load(request_id):
         return FirstMiss(block, reason=Miss.COPY_FAILED, detail="a load for this request had failed")
-    key = hasher.hashes[block : block + 1]
+    key = _missing_key(planner, hasher.hashes, block)
     miss = FirstMiss(block, int(key[0, 0]))
     end = disk.fetched(request_id)[1] if disk is not None else None
     if planner.pool.find(key)[0] >= 0:

@@ -29,7 +29,7 @@ MEDIA = GPU, CPU, STORAGE = "GPU", "CPU", "STORAGE"
 MEDIUM_OF_TIER = {"host": CPU, "disk": STORAGE}
 _BITS = {CPU: 1, STORAGE: 2}
 
-# KVBM caches only where there is one group.
+# Of models with several groups no events are made.
 _GROUP = 0
 
 _REGISTERED = np.uint8(BlockState.REGISTERED)
