@@ -31,5 +31,5 @@ if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
 # Fast tests first: a mistake in the logic should not wait for an engine to start.
-python -m pytest tests/unit tests/property tests/storage -m "not gpu and not engine"
+python -m pytest tests/unit tests/property tests/storage tests/trtllm -m "not gpu and not engine"
 python -m pytest -m "engine and not gpu"

@@ -84,11 +84,10 @@ _FILE_ENV = "KVBM_CONFIG"
 _OBJECT = "this version has no object tier yet"
 _PORTS = "no ports are needed, leader and workers use the engine's channel"
 _NUMA = "host memory is placed near the GPU in any case"
-_TRTLLM = "this version has no TensorRT-LLM integration yet"
+_NCCL = "every rank of TensorRT-LLM keeps and loads its own copy"
 IGNORED_ENV: dict[str, str] = {
     "DYN_KVBM_OBJECT_*": _OBJECT,
     "DYN_KVBM_NIXL_BACKEND_*": "KVBM_DISK_BACKEND is the name that has an effect",
-    "DYN_KVBM_HOST_OFFLOAD_PREFIX_MIN_PRIORITY": "no supported engine gives blocks a priority",
     "DYN_KVBM_TRANSFER_BATCH_SIZE": "DYN_KVBM_MAX_TRANSFER_BATCH_SIZE is the name that has an effect",
     "DYN_KVBM_DISABLE_WRITE_COMBINED": "host memory is never write-combined",
     "DYN_KVBM_ENABLE_NUMA": _NUMA,
@@ -97,9 +96,9 @@ IGNORED_ENV: dict[str, str] = {
     "DYN_KVBM_LEADER_ZMQ_PUB_PORT": _PORTS,
     "DYN_KVBM_LEADER_ZMQ_ACK_PORT": _PORTS,
     "DYN_KVBM_BARRIER_ID_PREFIX": _PORTS,
-    "DYN_KVBM_TRTLLM_ZMQ_PORT": _TRTLLM,
-    "DYN_KVBM_NCCL_MLA_MODE": _TRTLLM,
-    "DYN_KVBM_NCCL_MAX_CTAS": _TRTLLM,
+    "DYN_KVBM_TRTLLM_ZMQ_PORT": "KV events of TensorRT-LLM are not merged with those of KVBM yet",
+    "DYN_KVBM_NCCL_MLA_MODE": _NCCL,
+    "DYN_KVBM_NCCL_MAX_CTAS": _NCCL,
 }
 """Names that NVIDIA's KVBM reads or documents and that have no effect here, and why; `*` ends a prefix."""
 

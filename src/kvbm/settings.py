@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta
 
 # A key's type says what is allowed, its `_key` all the rest.
+_Priority = Annotated[int, Meta(description="an integer from 0 to 100", ge=0, le=100)]
 _Flag = Annotated[bool, Meta(description="true or false")]
 _Count = Annotated[int, Meta(description="an integer >= 1", ge=1)]
 _Seconds = Annotated[float, Meta(description="a number > 0", gt=0)]
@@ -69,6 +70,14 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
             "but not on GPUs, whose bus is faster than that.",
         ),
     ] = None
+    offload_min_priority: Annotated[
+        _Priority,
+        _key(
+            "DYN_KVBM_HOST_OFFLOAD_PREFIX_MIN_PRIORITY",
+            "A request's blocks are offloaded up to the first whose retention priority is lower. Only "
+            "TensorRT-LLM gives blocks priorities; 35 is its default.",
+        ),
+    ] = 0
 
 
 class DiskConfig(msgspec.Struct, frozen=True, kw_only=True):

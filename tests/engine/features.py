@@ -1,4 +1,4 @@
-"""Requests of all kinds, executed in an engine's process, and engines that follow each other in one process."""
+"""Requests of all kinds, executed in an engine's process, and engines one after the other."""
 
 import copy
 import gc
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tests.engine.harness import make_engine
-from tests.engine.scenarios import Ran, drain, observe, reset
+from tests.engine.scenarios import Ran, drain, observe, reset, worker_side
 
 _ENGINE: list[Any] = []
 
@@ -153,7 +153,9 @@ def prompt_logprobs(llm: Any, prompt: tuple[int, ...]) -> tuple[Ran, list[float]
     output = llm.generate([query.vllm_prompt()], query.vllm_sampling(), use_tqdm=False)[0]
     drain(llm)
     values = [next(iter(entry.values())).logprob for entry in output.prompt_logprobs if entry]
-    return Ran([list(output.outputs[0].token_ids)], [output.num_cached_tokens or 0], before, observe(llm)), values
+    return Ran(
+        [list(output.outputs[0].token_ids)], [output.num_cached_tokens or 0], before, observe(llm)
+    ), values
 
 
 def embed(llm: Any, prompts: Sequence[tuple[int, ...]]) -> tuple[list[list[float]], Any]:
@@ -212,4 +214,31 @@ def stream_input(llm: Any, pieces: Sequence[tuple[int, ...]], max_tokens: int) -
 def speculation(llm: Any) -> tuple[int, int]:
     """Tokens proposed and accepted since the engine's start."""
     values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-    return int(values["vllm:spec_decode_num_draft_tokens"]), int(values["vllm:spec_decode_num_accepted_tokens"])
+    return int(values["vllm:spec_decode_num_draft_tokens"]), int(
+        values["vllm:spec_decode_num_accepted_tokens"]
+    )
+
+
+def kv_scales(llm: Any) -> list[float]:
+    """Of each layer's keys and values."""
+    layers = worker_side(llm)._vllm_config.compilation_config.static_forward_context.values()
+    return [float(scale) for layer in layers for scale in (layer._k_scale, layer._v_scale)]
+
+
+# ---- an engine that is not as it says
+
+
+def hand_over_other_types() -> None:
+    """Give the connector views of another type of the first KV tensor; the number of bytes is the same."""
+    import torch
+
+    from kvbm.vllm_integration.connector import KvbmConnector
+
+    register = KvbmConnector.register_kv_caches
+
+    def registered(self: Any, kv_caches: dict[str, Any]) -> None:
+        KvbmConnector.register_kv_caches = register
+        first = next(iter(kv_caches))
+        register(self, {**kv_caches, first: kv_caches[first].view(torch.int32)})
+
+    KvbmConnector.register_kv_caches = registered

@@ -124,9 +124,9 @@ class LazyLoad(InStepLoad):
 
 
 def use_lazy_loads() -> None:
-    from kvbm.vllm_integration import worker
+    from kvbm.runtime import rank
 
-    module: Any = worker
+    module: Any = rank
     module.CpuCopyEngine = LazyCopyEngine
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.engine import features
 from tests.engine.features import Query
-from tests.engine.harness import ENGINE, KVBM, Child
+from tests.engine.harness import BLOCK_SIZE, ENGINE, KVBM, Child
 from tests.engine.scenarios import Ran
 
 
@@ -39,7 +39,10 @@ class Pair:
         )
         children = (self._kvbm, self._plain)
         try:
-            starts = [child.begin(features.start, str(model), options) for child, options in zip(children, given)]
+            starts = [
+                child.begin(features.start, str(model), options)
+                for child, options in zip(children, given, strict=True)
+            ]
             for started in starts:
                 started()
             yield self
@@ -61,8 +64,8 @@ class Pair:
         cold = self.call(features.run, queries)
         host = self.call(features.again, features.run, queries)
         assert [cold.tokens, host.tokens] == [want().tokens] * 2
-        assert host.onboarded > 0
-        assert host.external_hits == 32 * host.onboarded
+        # Of a preempted request vLLM does not count what is loaded for it again.
+        assert host.onboarded * BLOCK_SIZE >= host.external_hits > 0
         assert (host.after.off_reason, host.after.failures) == (None, {})
         assert host.after.not_cached == cold.before.not_cached
         assert (host.after.pins, host.after.followed, host.after.has_work) == (0, 0, False)

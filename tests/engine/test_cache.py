@@ -24,6 +24,7 @@ def blocks(asks: list[Ask]) -> int:
     return sum((len(ask.prompt) - 1) // BLOCK_SIZE for ask in asks)
 
 
+@pytest.mark.feature("Prompts (MHA, GQA)")
 def test_cold_then_device_then_host(engine: Engine, expect: Expect, prompts: Prompts) -> None:
     asks = [Ask(prompt) for prompt in prompts.batch(100, [70, 130, 200, 333])]
     want = expect(asks)
@@ -73,6 +74,7 @@ def test_part_on_device_part_on_host(engine: Engine, expect: Expect, prompts: Pr
     assert both.tokens == want()
 
 
+@pytest.mark.feature("Replies, as the prompt of the next turn")
 def test_multi_turn(engine: Engine, expect: Expect, prompts: Prompts) -> None:
     """The second turn loads what the first one computed, its reply included."""
     first = [Ask(prompt, 36) for prompt in prompts.batch(140, [155, 90, 190])]
@@ -96,6 +98,7 @@ def test_multi_turn(engine: Engine, expect: Expect, prompts: Prompts) -> None:
     assert turn2.tokens == want_second()
 
 
+@pytest.mark.feature("cache_salt")
 def test_salts_do_not_share(engine: Engine, expect: Expect, prompts: Prompts) -> None:
     prompt = prompts.make(150, 140)
     salted, other, plain = Ask(prompt, salt="A"), Ask(prompt, salt="B"), Ask(prompt)

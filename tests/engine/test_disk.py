@@ -44,6 +44,7 @@ def tight(model: Path, baseline: Engine, tmp_path_factory: pytest.TempPathFactor
         yield engine
 
 
+@pytest.mark.feature("Disk tier")
 def test_most_hits_from_disk(tight: Engine, expect: Expect, prompts: Prompts) -> None:
     """Chunked prefill, and 38 blocks in turn where the host tier holds 24 and evicts what is due next."""
     asks = [Ask(prompt) for prompt in prompts.batch(610, [370, 250, 333, 300])]

@@ -24,7 +24,13 @@ for options in OPTIONS.values():
     options |= {"load_format": "dummy", "seed_weights": 3}
 
 
-@pytest.fixture(params=list(OPTIONS))
+@pytest.fixture(
+    params=[
+        pytest.param("gemma3", marks=pytest.mark.feature("Sliding windows and full attention (Gemma 3)")),
+        pytest.param("lfm2", marks=pytest.mark.feature("Short convolution and full attention (LFM2)")),
+        pytest.param("qwen3next", marks=pytest.mark.feature("Linear and full attention (Qwen3-Next)")),
+    ]
+)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -150,6 +156,7 @@ def test_under_pressure(pair: Pair, name: str, folder: Path, prompts: Prompts) -
         checked(rounds[-1])
 
 
+@pytest.mark.feature("Sliding windows alone")
 def test_one_window_for_all_layers(pair: Pair, tiny: Path, tmp_path: Path, prompts: Prompts) -> None:
     """A model without full attention: only the last blocks of a prompt are loaded."""
     layers = {"layer_types": ["sliding_attention"] * 6}
@@ -165,6 +172,7 @@ def test_one_window_for_all_layers(pair: Pair, tiny: Path, tmp_path: Path, promp
         assert host.onboarded * 32 < host.external_hits
 
 
+@pytest.mark.feature("Sliding windows without the hybrid KV cache manager")
 def test_without_the_hybrid_manager(pair: Pair, tiny: Path, tmp_path: Path, prompts: Prompts) -> None:
     """vLLM then keeps all blocks of all layers, and so do we."""
     folder = write_hybrid_model(tiny, tmp_path / "gemma3", "gemma3")

@@ -66,6 +66,7 @@ def test_streaming_input_is_refused() -> None:
     assert identify(make_request(resumable=True)) == "streaming input"
 
 
+@pytest.mark.feature("Images without an identifier", refused="multimodal item without identifier")
 @pytest.mark.parametrize("identifier", [None, ""])
 def test_multimodal_item_without_identifier_is_refused(identifier: str | None) -> None:
     request = make_request(mm_features=[feature("known"), feature(identifier, 60)])
@@ -94,5 +95,6 @@ def test_lora_is_part_of_the_identity() -> None:
     assert len({identity.adapter for identity in identities if isinstance(identity, RequestIdentity)}) == 5
 
 
+@pytest.mark.feature("LoRA adapters replaced in place", refused="LoRA adapter replaced in place")
 def test_lora_replaced_in_place_is_refused() -> None:
     assert identify(make_request(lora_request=lora(load_inplace=True))) == "LoRA adapter replaced in place"

@@ -21,11 +21,14 @@ class Engine:
         self.model = SimpleNamespace(model=str(folder), revision=None, seed=0)
         self.load_format = "auto"
         self.backend = "FLASH"
+        self.scale = 1.0
         self.caches = {f"layer{i}": torch.zeros((BLOCKS, 2, 4, 6)) for i in range(2)}
 
     def namespace(self) -> bytes:
         layer = SimpleNamespace(
-            get_attn_backend=lambda: SimpleNamespace(full_cls_name=lambda: ("module", self.backend))
+            get_attn_backend=lambda: SimpleNamespace(full_cls_name=lambda: ("module", self.backend)),
+            _k_scale=torch.tensor(1.0),
+            _v_scale=torch.tensor(self.scale),
         )
         config = SimpleNamespace(
             model_config=self.model,
@@ -48,6 +51,10 @@ def test_the_same_engine_finds_its_own(engine: Engine) -> None:
 
 def other_weights(engine: Engine) -> None:
     (Path(engine.model.model) / "w.safetensors").write_bytes(b"other weights")
+
+
+def other_scale(engine: Engine) -> None:
+    engine.scale = 0.5
 
 
 def other_seed(engine: Engine) -> None:
@@ -83,6 +90,7 @@ def fewer_layers(engine: Engine) -> None:
     "change",
     [
         other_weights,
+        other_scale,
         other_seed,
         random_weights,
         other_backend,

@@ -22,18 +22,18 @@ READY_S = 240
 
 
 class Server:
-    def __init__(self, model: Path, folder: Path) -> None:
+    def __init__(self, model: Path, folder: Path, *options: str, **env: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.log = folder / "server.log"
-        environ = clean_environ({"DYN_KVBM_CPU_CACHE_GB": "0.5", "TMPDIR": str(folder)})
+        environ = clean_environ({"DYN_KVBM_CPU_CACHE_GB": "0.5", "TMPDIR": str(folder), **env})
         del environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", "512"]
         command += ["--num-gpu-blocks-override", "20", "--max-num-seqs", "4"]
-        command += ["--kv-transfer-config", json.dumps(KVBM)]
+        command += ["--kv-transfer-config", json.dumps(KVBM), *options]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, env=environ, stdout=log, stderr=log, cwd=folder, start_new_session=True
@@ -54,10 +54,11 @@ class Server:
             f"the server did not start:\n{self.log.read_text(errors='replace')[-6000:]}", pytrace=False
         )
 
-    def get(self, path: str, body: Any = None, timeout: float = 120) -> str:
+    def get(self, path: str, body: Any = None, timeout: float = 120, **headers: str) -> str:
         data = None if body is None else json.dumps(body).encode()
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
+            f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json", **headers}
         )
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             return answer.read().decode()

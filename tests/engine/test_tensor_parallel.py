@@ -34,6 +34,7 @@ def engine(tiny: Path) -> Iterator[Engine]:
         yield engine
 
 
+@pytest.mark.feature("Tensor parallel")
 def test_host_hits_on_two_ranks(engine: Engine, plain: list[list[int]], asks: list[Ask]) -> None:
     assert len({tuple(tokens) for tokens in plain}) == len(plain)  # the answers depend on the prompt
     cold = engine.call(scenarios.run, asks)

@@ -11,6 +11,7 @@ import torch
 from kvbm.config import load_config
 from kvbm.errors import CapacityError, LostLoadError
 from kvbm.logic.operations import Direction, Failure, Operation
+from kvbm.runtime import rank
 from kvbm.runtime.messages import StepOrders
 from kvbm.vllm_integration import worker as worker_module
 from kvbm.vllm_integration.identity import Geometry
@@ -20,13 +21,18 @@ from tests.engine.lazy_loads import LazyCopyEngine
 BLOCKS, SLOTS = 8, 8
 NAMES = ["layer0", "layer1", "layer2"]
 SHAPE = (BLOCKS, 16)  # of a layer's tensor, in bytes
+ANNOUNCED = SimpleNamespace(
+    kv_cache_groups=[
+        SimpleNamespace(layer_names=NAMES, kv_cache_spec=SimpleNamespace(dtype=torch.uint8)),
+    ]
+)
 
 
 class Model:
     """A worker's half over three layers; blocks 1 and 2 are in the host tier, in slots 5 and 3."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, checksum: bool = False) -> None:
-        monkeypatch.setattr(worker_module, "CpuCopyEngine", LazyCopyEngine)
+        monkeypatch.setattr(rank, "CpuCopyEngine", LazyCopyEngine)
         shape = Geometry(4, len(NAMES) * SHAPE[1], BLOCKS, 1)
         monkeypatch.setattr(worker_module, "geometry", lambda *_: shape)
         self.caches = {
@@ -34,7 +40,7 @@ class Model:
             for i, name in enumerate(NAMES)
         }
         config = load_config(environ={}, host__num_blocks=SLOTS, host__checksum=checksum)
-        self.side = WorkerSide(SimpleNamespace(parallel_config=SimpleNamespace(rank=0)), None, config)
+        self.side = WorkerSide(SimpleNamespace(parallel_config=SimpleNamespace(rank=0)), ANNOUNCED, config)
         self.side.register(self.caches)
         assert self.side._worker is not None
         self.engine: Any = self.side._worker._records._engine
@@ -115,6 +121,30 @@ def test_offloads_of_the_step_come_after_the_load(model: Model) -> None:
     assert model.arrived(4, 6) == [True, True, True]
     assert model.side._in_step == []
     assert model.side._orders.operations == []
+
+
+def waiting(model: Model) -> list[int]:
+    return [operation.id for operation in model.side._orders.operations]
+
+
+def test_offloads_leave_the_sampled_tokens_first(model: Model) -> None:
+    """The device copies them with the next step, also if that computes nothing."""
+    model.begin(offload())
+    model.side.start_loads()
+    model.end()
+    assert waiting(model) == [8]
+    model.begin()
+    assert waiting(model) == []
+    model.side.begin(StepOrders([offload()], tokens=0))
+    assert waiting(model) == []
+
+
+def test_threads_offload_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(monkeypatch, checksum=True)
+    model.begin(offload())
+    model.side.start_loads()
+    model.end()
+    assert waiting(model) == []
 
 
 def test_a_load_that_was_never_started_is_started_before_the_next_step(model: Model) -> None:
@@ -255,10 +285,10 @@ def test_a_copy_engine_that_can_not_be_made(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(worker_module, "make_copy_engine", fail)
+    monkeypatch.setattr(rank, "make_copy_engine", fail)
     monkeypatch.setattr(worker_module, "geometry", lambda *_: Geometry(4, 48, BLOCKS, 1))
     config = load_config(environ={}, host__num_blocks=SLOTS)
-    side = WorkerSide(SimpleNamespace(parallel_config=SimpleNamespace(rank=0)), None, config)
+    side = WorkerSide(SimpleNamespace(parallel_config=SimpleNamespace(rank=0)), ANNOUNCED, config)
     caches = {name: torch.zeros(SHAPE, dtype=torch.uint8) for name in NAMES}
     if stops:
         with pytest.raises(CapacityError):

@@ -11,12 +11,14 @@ from kvbm.config import load_config
 from kvbm.errors import CapacityError
 from kvbm.logic.operations import Direction, Failure, Operation
 from kvbm.runtime.messages import StepOrders, WorkerReport
+from kvbm.runtime.rank import FoundRecords
 from kvbm.storage.client import BatchResult, Replies
 from kvbm.storage.messages import Batch, Status
 from kvbm.storage.store import Found
 from kvbm.vllm_integration import worker as worker_module
 from kvbm.vllm_integration.identity import Geometry
-from kvbm.vllm_integration.worker import WorkerSide, _FoundRecords
+from kvbm.vllm_integration.worker import WorkerSide
+from tests.engine.test_worker_side import ANNOUNCED, NAMES
 
 BLOCKS, SLOTS, DISK = 8, 8, 20
 HASHES = np.random.default_rng(4).integers(0, 2**64, (100_000, 2), np.uint64)
@@ -60,8 +62,8 @@ class Model:
         monkeypatch.setattr(worker_module, "record_namespace", lambda *_: b"n" * 16)
         parallel = SimpleNamespace(rank=rank, data_parallel_rank=3, data_parallel_rank_local=3)
         config = load_config(environ={}, **{"host__num_blocks": SLOTS, "disk__num_blocks": DISK, **settings})
-        self.side = WorkerSide(SimpleNamespace(parallel_config=parallel), None, config)
-        self.side.register({f"layer{i}": torch.zeros((BLOCKS, 16), dtype=torch.uint8) for i in range(3)})
+        self.side = WorkerSide(SimpleNamespace(parallel_config=parallel), ANNOUNCED, config)
+        self.side.register({name: torch.zeros((BLOCKS, 16), dtype=torch.uint8) for name in NAMES})
         assert self.side._refused is None
 
     def step(self, *operations: Operation, tokens: int = 1, **orders: Any) -> WorkerReport | None:
@@ -125,7 +127,7 @@ def test_what_the_user_asked_for_and_the_machine_lacks_stops_the_start(
 
     monkeypatch.setattr(worker_module, "start_storage", fail)
     with pytest.raises(CapacityError):
-        model.side.register({"layer": torch.zeros((BLOCKS, 48), dtype=torch.uint8)})
+        model.side.register({name: torch.zeros((BLOCKS, 16), dtype=torch.uint8) for name in NAMES})
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
@@ -198,7 +200,7 @@ def test_that_nothing_was_found_is_reported_as_well(model: Model) -> None:
 
 
 def test_much_is_reported_in_pieces(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_FoundRecords, "_PIECE", 4)
+    monkeypatch.setattr(FoundRecords, "_PIECE", 4)
     model.storage.ready = True
     model.storage.replies.found = [found(0, 6), found(6, 3)]
     assert pieces_of(model) == [([0, 1, 2, 3], False), ([4, 5, 6, 7], False), ([8], True)]
@@ -206,8 +208,8 @@ def test_much_is_reported_in_pieces(model: Model, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("count", [1, 3, 4, 8])
 def test_the_last_piece_is_the_last(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_FoundRecords, "_PIECE", 4)
-    records = _FoundRecords()
+    monkeypatch.setattr(FoundRecords, "_PIECE", 4)
+    records = FoundRecords()
     records.add([])
     assert not records.wants_report
     assert records.next_piece() == (None, False)
@@ -225,7 +227,7 @@ def test_the_last_piece_is_the_last(count: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_piece_is_no_more_than_a_step_can_bear() -> None:
-    records = _FoundRecords()
+    records = FoundRecords()
     records.add([found(0, 70_000)])
     sizes = []
     while records.wants_report:

@@ -19,6 +19,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "host.num_blocks": ("128", 128),
     "host.policy": ("segmented-lru", "segmented-lru"),
     "host.checksum": ("off", False),
+    "host.offload_min_priority": ("36", 36),
     "disk.cache_gb": ("100", 100.0),
     "disk.num_blocks": ("256", 256),
     "disk.dir": ("/mnt/a:/mnt/b", "/mnt/a:/mnt/b"),
@@ -61,6 +62,7 @@ ENV_NAMES = {
     "host.num_blocks": "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS",
     "host.policy": "KVBM_HOST_POLICY",
     "host.checksum": "KVBM_HOST_CHECKSUM",
+    "host.offload_min_priority": "DYN_KVBM_HOST_OFFLOAD_PREFIX_MIN_PRIORITY",
     "disk.cache_gb": "DYN_KVBM_DISK_CACHE_GB",
     "disk.num_blocks": "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS",
     "disk.dir": "DYN_KVBM_DISK_CACHE_DIR",
@@ -132,6 +134,7 @@ class TestDefaults:
             "host.num_blocks": None,
             "host.policy": "lru",
             "host.checksum": None,
+            "host.offload_min_priority": 0,
             "disk.cache_gb": 0.0,
             "disk.num_blocks": None,
             "disk.dir": "/tmp",
@@ -500,7 +503,8 @@ class TestNotices:
     def test_text(self) -> None:
         env = {"DYN_KVBM_OBJECT_BUCKET": "b", "DYN_KVBM_NCCL_MAX_CTAS": "4"}
         assert load(env=env).notices == (
-            "DYN_KVBM_NCCL_MAX_CTAS is set, but this version has no TensorRT-LLM integration yet: ignored",
+            "DYN_KVBM_NCCL_MAX_CTAS is set, but every rank of TensorRT-LLM keeps and loads its own copy: "
+            "ignored",
             "DYN_KVBM_OBJECT_BUCKET is set, but this version has no object tier yet: ignored",
         )
 

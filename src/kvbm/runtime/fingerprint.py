@@ -1,11 +1,24 @@
-"""What the weights under a name are, as far as file systems and hubs tell without reading them."""
+"""What the weights under a name are, as far as files and hubs tell without reading them; and the device."""
 
 import functools
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+# CPU kernels order a block's values as these instructions like them.
+_CPU_FLAGS = {
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "sve",
+}
 
 
 def fingerprint(model: str, revision: str | None = None) -> list[object]:
@@ -22,6 +35,19 @@ def fingerprint(model: str, revision: str | None = None) -> list[object]:
 def adapter_fingerprint(path: str, adapter_id: int) -> str:
     """The same for an adapter, once for each id: under a new id there may be new weights."""
     return json.dumps(fingerprint(path), default=str)
+
+
+def device_fingerprint(device: Any) -> list[object]:
+    """What of a torch device the bytes of a block may depend on."""
+    if device.type == "cuda":
+        import torch
+
+        return ["cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)]
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        words = set()
+    return [device.type, os.uname().machine, sorted(words & _CPU_FLAGS)]
 
 
 def _file(path: Path) -> list[object]:

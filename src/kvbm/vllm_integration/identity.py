@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvbm.errors import LayoutError
 from kvbm.logic.groups import FULL, KvGroup, KvGroups
 from kvbm.logic.hashing import namespace_digest
 from kvbm.runtime.fingerprint import adapter_fingerprint
@@ -84,6 +85,16 @@ def geometry(vllm_config: Any, kv_cache_config: Any) -> Geometry | str:
         return "sleep mode, which remaps the KV cache, is not supported yet"
     if any(getattr(parallel, f"{kind}_context_parallel_size", 1) > 1 for kind in ("decode", "prefill")):
         return "context parallelism is not supported yet"
+    multimodal = getattr(vllm_config.model_config, "multimodal_config", None)
+    if multimodal and not (
+        multimodal.mm_processor_cache_gb or vllm_config.cache_config.enable_prefix_caching
+    ):
+        # vLLM numbers them then, and begins anew with each process.
+        return (
+            "images are not identified by contents: turn on prefix caching or the multimodal processor cache"
+        )
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        return "KV scales that are calculated from the first requests are not part of any identity"
     groups: list[KvGroup] = []
     for group in kv_cache_config.kv_cache_groups:
         kind = _group(group)
@@ -136,6 +147,24 @@ def _record_bytes(groups: Sequence[Any]) -> int:
         layers += [0] * (count - len(layers))
         layers[:count] = [max(other, size or spec.page_size_bytes) for other in layers[:count]]
     return sum(layers)
+
+
+def check_tensors(kv_cache_config: Any, kv_caches: Mapping[str, Any]) -> None:
+    """LayoutError unless a rank's tensors are those of the announced layers, and of the announced types."""
+    specs = {
+        name: group.kv_cache_spec for group in kv_cache_config.kv_cache_groups for name in group.layer_names
+    }
+    if missing := sorted(specs.keys() - kv_caches.keys()):
+        raise LayoutError(f"The engine announced layers without KV tensors, first {missing[0]}: not cached.")
+    memories = {kv_caches[name].data_ptr() for name in specs}
+    for name, tensor in kv_caches.items():
+        if name not in specs:
+            if tensor.data_ptr() not in memories:  # else it shares the KV of a layer that was announced
+                raise LayoutError(f"The KV tensor {name} is of no announced layer: not cached.")
+        elif tensor.dtype != (announced := getattr(specs[name], "dtype", tensor.dtype)):
+            raise LayoutError(
+                f"The KV tensor {name} is {tensor.dtype}, announced as {announced}: not cached."
+            )
 
 
 def engine_namespace(vllm_config: Any, kv_cache_config: Any, shape: Geometry) -> bytes:

@@ -16,6 +16,7 @@ from kvbm.runtime.fingerprint import device_fingerprint, fingerprint
 from kvbm.transfer.layout import block_dimension
 from kvbm.vllm_integration.identity import Geometry, engine_namespace
 
+
 def record_namespace(
     vllm_config: Any, kv_cache_config: Any, shape: Geometry, kv_caches: Mapping[str, Any]
 ) -> bytes:
@@ -30,6 +31,7 @@ def record_namespace(
             "vllm": vllm.__version__,
             "device": device_fingerprint(next(iter(kv_caches.values())).device),
             "backends": _backends(vllm_config, kv_caches),
+            "scales": _scales(vllm_config, kv_caches),
             "tensors": [_tensor(name, tensor, shape) for name, tensor in kv_caches.items()],
         }
     )
@@ -43,6 +45,15 @@ def _backends(vllm_config: Any, kv_caches: Mapping[str, Any]) -> list[str]:
         if hasattr(layers.get(name), "get_attn_backend")
     }
     return sorted(map(str, names))
+
+
+def _scales(vllm_config: Any, kv_caches: Mapping[str, Any]) -> list[list[float]]:
+    """By which the layers' keys and values were divided before they were rounded to eight bits."""
+    layers = vllm_config.compilation_config.static_forward_context
+    scales = (
+        getattr(layers.get(name), which, None) for name in kv_caches for which in ("_k_scale", "_v_scale")
+    )
+    return [scale.flatten().tolist() for scale in scales if scale is not None]
 
 
 def _tensor(name: str, tensor: torch.Tensor, shape: Geometry) -> list[object]:

