@@ -81,23 +81,3 @@ def write_image_model(tokenizer: Path, folder: Path, text: dict[str, Any]) -> in
     ):
         (folder / f"{name}.json").write_text(json.dumps(value))
     return ids["<image>"]
-
-
-def write_mtp_model(tokenizer: Path, folder: Path, text: dict[str, Any]) -> Path:
-    """DeepSeek-V3 in shape: latent attention, experts, and a layer that predicts the token after the next."""
-    copy_tokenizer(tokenizer, folder)
-    latent = {"kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
-    experts = {
-        "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
-        "moe_layer_freq": 1, "moe_intermediate_size": 128, "n_group": 1, "topk_group": 1,
-        "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True,
-        "routed_scaling_factor": 1.0,
-    }  # fmt: skip
-    config = {
-        **text, **latent, **experts, "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
-        "torch_dtype": "bfloat16", "hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 4,
-        "v_head_dim": 128, "num_nextn_predict_layers": 1, "tie_word_embeddings": False,
-    }  # fmt: skip
-    del config["head_dim"], config["mlp_bias"]
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder

@@ -19,7 +19,6 @@ from tests.engine.small_models import (
     IMAGE_TOKENS,
     write_adapter,
     write_image_model,
-    write_mtp_model,
 )
 
 # One place is left: vLLM 0.32 on CPUs takes the adapter in the last one for requests that have none, when
@@ -170,20 +169,6 @@ def test_speculation(
         assert [cached // BLOCK_SIZE for cached in again.cached] == full
         assert again.onboarded == sum(full)
         assert again.tokens == want().tokens
-
-
-@pytest.mark.feature("Speculative decoding: MTP (with MLA and experts)")
-def test_prediction_by_the_model_itself(pair: Pair, tiny: Path, tmp_path: Path, prompts: Prompts) -> None:
-    """Short answers, one at a time: vLLM's experts on CPUs compute in bfloat16, not exact for long."""
-    model = write_mtp_model(tiny, tmp_path / "model", TINY)
-    speculation = {"method": "mtp", "num_speculative_tokens": 2}
-    dummy = {"load_format": "dummy", "seed_weights": 3}
-    with pair.engines(model, dtype="bfloat16", speculative_config=speculation, **dummy):
-        for seed in (946, 947):
-            _, host = pair.serves([Query(prompts.make(seed, 140), {"max_tokens": 6})])
-            assert host.cached == [4 * BLOCK_SIZE]
-        proposed, accepted = pair.call(features.speculation)
-        assert accepted < proposed
 
 
 def scaled(keen: Path, folder: Path, scale: float) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvbm.runtime import fingerprint
 from kvbm.vllm_integration import weights
 from kvbm.vllm_integration.identity import Geometry
 from kvbm.vllm_integration.weights import record_namespace
@@ -115,7 +116,7 @@ def test_another_vllm_finds_nothing(engine: Engine, monkeypatch: pytest.MonkeyPa
 
 def test_another_device_finds_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     before = engine.namespace()
-    monkeypatch.setattr(weights, "_CPU_FLAGS", {"no such flag"})
+    monkeypatch.setattr(fingerprint, "_CPU_FLAGS", {"no such flag"})
     assert engine.namespace() != before
 
 

@@ -56,7 +56,7 @@ def test_records_are_aligned(record_bytes: int) -> None:
 
 def test_memory_is_taken_when_it_is_written() -> None:
     arena = HostArena(1000, 2**20)
-    assert os.fstat(arena.fd).st_size == 1000 * 2**20
+    assert os.fstat(arena.fd).st_size == 1000 * (2**20 + 8)  # records and their checksums
     assert os.fstat(arena.fd).st_blocks == 0
     arena.records()[5] = 1
     assert 2**20 <= os.fstat(arena.fd).st_blocks * 512 <= 4 * 2**20
@@ -197,7 +197,7 @@ class Maps:
 def test_reserved_huge_pages_are_used_where_they_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
     maps = Maps(monkeypatch, free=2)
     arena = HostArena(3, 2**20)
-    assert maps.asked == [(2**22, True)]  # whole pages
+    assert maps.asked == [(2**22, True)]  # whole pages, the checksums in the rest
     assert arena.slots.shape == (3, 2**20)
     arena.touch(0, 3)
     arena.close()
@@ -207,7 +207,7 @@ def test_reserved_huge_pages_are_used_where_they_suffice(monkeypatch: pytest.Mon
 def test_too_few_reserved_huge_pages(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     maps = Maps(monkeypatch, free=2)
     arena = HostArena(slots, 2**20)
-    assert maps.asked == [(slots * 2**20, False)]
+    assert maps.asked == [(slots * (2**20 + 8), False)]
     arena.close()
 
 
@@ -216,7 +216,7 @@ def test_huge_pages_that_somebody_else_took(refused: Exception, monkeypatch: pyt
     before = descriptors()
     maps = Maps(monkeypatch, free=100, refused=refused)
     arena = HostArena(3, 2**20)
-    assert maps.asked == [(2**22, True), (3 * 2**20, False)]
+    assert maps.asked == [(2**22, True), (3 * (2**20 + 8), False)]
     arena.records()[:] = 1
     arena.close()
     assert descriptors() == before

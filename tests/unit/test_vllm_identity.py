@@ -92,6 +92,10 @@ class SmallBlocks(FullAttentionSpec):
 SmallBlocks.__name__ = "FullAttentionSpec"
 
 
+class MLAAttentionSpec(FullAttentionSpec):
+    pass
+
+
 class ChunkedLocalAttentionSpec(FullAttentionSpec):
     pass
 
@@ -104,7 +108,7 @@ def kv_group(spec: type, layers: int = 3, **changes: Any) -> Any:
     return group
 
 
-def engine(*groups: Any, **parallel: int) -> tuple[Any, Any]:
+def engine(*groups: Any, **parallel: Any) -> tuple[Any, Any]:
     sizes = {"pipeline_parallel_size": 1, "world_size": 2, **parallel}
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(**sizes),
@@ -202,6 +206,25 @@ def test_a_window_of_which_vllm_keeps_everything_is_full_attention():
     shape = geometry(*engine(kv_group(FullAttentionSpec, sliding_window=128)))
     assert isinstance(shape, Geometry)
     assert shape.groups.single
+
+
+@pytest.mark.parametrize(
+    ("spec", "parallel", "shared"),
+    [
+        (MLAAttentionSpec, {"distributed_executor_backend": "mp"}, True),
+        (MLAAttentionSpec, {"distributed_executor_backend": "mp", "nnodes": 2}, False),  # no common memory
+        (MLAAttentionSpec, {"distributed_executor_backend": "ray"}, False),  # nobody knows
+        (MLAAttentionSpec, {"distributed_executor_backend": "mp", "world_size": 1}, False),
+        (FullAttentionSpec, {"distributed_executor_backend": "mp"}, False),  # other heads on every rank
+    ],
+)
+def test_one_copy_where_all_ranks_hold_the_same(spec: type, parallel: dict[str, Any], shared: bool):
+    shape = geometry(*engine(kv_group(spec), **parallel))
+    assert isinstance(shape, Geometry)
+    assert shape.shared is shared
+    assert shape.host_bytes(1) == 4096 * (1 if shared else shape.ranks)
+    mixed = geometry(*engine(kv_group(spec), kv_group(FullAttentionSpec), **parallel))
+    assert not isinstance(mixed, Geometry) or not mixed.shared
 
 
 def test_size_is_shared_by_the_ranks():

@@ -75,7 +75,8 @@ class Leader:
     lock: held for a call, and by other threads (metrics, administration) for as long as they look at the
     leader's state or change it: never while anybody waits for anything.
     num_slots, disk_slots: blocks in the host and disk tiers. disk_record_bytes: what a block takes on disk,
-    on all ranks together. namespace: 16 bytes, see `namespace_digest`.
+    on all ranks together. shared: all ranks use the tiers of the first, which alone reports of the disk.
+    namespace: 16 bytes, see `namespace_digest`.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Leader:
         block_size: int,
         num_slots: int,
         ranks: int,
+        shared: bool = False,
         groups: KvGroups | None = None,
         disk_slots: int = 0,
         disk_record_bytes: int = 0,
@@ -133,7 +135,7 @@ class Leader:
                 self._pool,
                 capacity=disk_slots,
                 record_bytes=disk_record_bytes,
-                ranks=ranks,
+                ranks=1 if shared else ranks,
                 ids=ids,
                 groups=self._planner.groups,
                 drop=self._planner.drop,

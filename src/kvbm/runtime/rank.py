@@ -14,7 +14,7 @@ from kvbm.logic.operations import BlockIds
 from kvbm.runtime.worker import Worker
 from kvbm.storage.client import StorageClient
 from kvbm.storage.store import Found
-from kvbm.transfer.arena import HostArena
+from kvbm.transfer.arena import ArenaHandle, HostArena
 from kvbm.transfer.calibration import Method
 from kvbm.transfer.copy import CopyEngine, CpuCopyEngine
 from kvbm.transfer.layout import KvLayout, recognise, tensor_view
@@ -30,15 +30,17 @@ def make_worker(
     *,
     num_slots: int,
     start_disk: Callable[[HostArena], StorageClient],
+    shared: ArenaHandle | None = None,
 ) -> Worker:
     """A worker for an engine's KV tensors, with `num_slots` records of host memory.
 
-    start_disk: asked where a disk tier is configured. LayoutError where the tensors are not understood.
+    start_disk: asked where a disk tier is configured. shared: the records of another rank, whose blocks have
+    the same bytes; that one stores, and this one loads. LayoutError where the tensors are not understood.
     """
     layout = recognise(
         (tensor_view(name, tensor) for name, tensor in kv_caches.items()), num_device_blocks, record_bytes
     )
-    arena = HostArena(num_slots, layout.record_bytes)
+    arena = HostArena(num_slots, layout.record_bytes, shared)
     device = next(iter(kv_caches.values())).device
     wanted = config.transfer.copy_method
     engine = make_copy_engine(layout, arena, device, None if wanted == "auto" else Method(wanted))
@@ -48,7 +50,8 @@ def make_worker(
         HostRecords(arena, engine, checksum=device.type == "cpu" if checksum is None else checksum),
         # More threads than half the cores would take them from the model.
         threads=max(1, min(config.transfer.max_concurrent, (os.cpu_count() or 2) // 2)),
-        disk=start_disk(arena) if config.has_disk else None,
+        disk=start_disk(arena) if config.has_disk and shared is None else None,
+        stores=shared is None,
     )
 
 

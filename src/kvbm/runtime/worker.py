@@ -20,6 +20,7 @@ from kvbm.logic.operations import BlockIds, Completion, Direction, Failure, Oper
 from kvbm.storage.client import StorageClient
 from kvbm.storage.messages import Batch, Status
 from kvbm.storage.store import Found
+from kvbm.transfer.arena import HostArena
 from kvbm.transfer.copy import CopyEngine, InStepLoad, Transfer
 from kvbm.transfer.records import HostRecords
 
@@ -102,7 +103,8 @@ class Worker:
 
     threads: how many operations run at once in each direction, where threads copy: a load, which a request
     waits for, never queues behind offloads; 0 where no such operation will be asked for. disk: the I/O
-    process for what lies on disk, if anything does. clock: seconds, monotonic.
+    process for what lies on disk, if anything does. stores: False where another rank shares its records with
+    this one, and writes them, and those on disk, for both. clock: seconds, monotonic.
     """
 
     def __init__(
@@ -111,10 +113,12 @@ class Worker:
         *,
         threads: int = 1,
         disk: StorageClient | None = None,
+        stores: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._records = records
         self._disk = disk
+        self._stores = stores
         self._found: list[Found] = []
         self._clock = clock
         self._queues: dict[Direction, queue.SimpleQueue[_Task | None]] = {
@@ -143,7 +147,11 @@ class Worker:
         """
         copies = []
         for operation in operations:
-            if operation.direction in self._queues:
+            if not self._stores and operation.direction != Direction.ONBOARD:
+                # Not registered before the rank that stores has reported it, too.
+                with self._lock:
+                    self._completions.append(Completion(operation.id, _NONE_FAILED))
+            elif operation.direction in self._queues:
                 copies.append(operation)
             else:  # between tiers below the device, which has no part in it
                 self._start_disk(self._add(operation, None))
@@ -175,6 +183,10 @@ class Worker:
             self._transfers.append(task)
             loads.append(load)
         return loads
+
+    @property
+    def arena(self) -> HostArena:
+        return self._records.arena
 
     @property
     def loads_in_step(self) -> bool:

@@ -1,7 +1,7 @@
 """Host arena: the memory of the host tier of one rank.
 
-An anonymous shared mapping (memfd): a process that inherits or receives its descriptor can attach to the
-same bytes, nothing appears in a file system, and nothing is left behind when the engine is killed.
+An anonymous shared mapping (memfd): a process that inherits its descriptor, or is told of it, can attach to
+the same bytes, nothing appears in a file system, and nothing is left behind when the engine is killed.
 """
 
 import contextlib
@@ -10,12 +10,13 @@ import errno
 import mmap
 import os
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbm.errors import CapacityError
+from kvbm.errors import CapacityError, LayoutError
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _MADV_POPULATE_WRITE = 23
@@ -28,22 +29,44 @@ def slot_bytes(record_bytes: int) -> int:
     return -(-record_bytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
 
 
+@dataclass(frozen=True, slots=True)
+class ArenaHandle:
+    """Names an arena to other processes of the machine, as long as the one that made it lives."""
+
+    pid: int
+    fd: int
+    device: int  # with the inode: a number of a process or descriptor may have been given anew
+    inode: int
+
+
 class HostArena:
     """`num_slots` records of `record_bytes` each; pages are taken from the system when first written.
 
     In reserved huge pages where enough are free, else in transparent ones where the system gives them.
+    same_as: another process's arena of the same size, to use its memory; LayoutError where it can't be had.
     """
 
-    def __init__(self, num_slots: int, record_bytes: int) -> None:
+    def __init__(self, num_slots: int, record_bytes: int, same_as: ArenaHandle | None = None) -> None:
         self.num_slots = num_slots
         self.record_bytes = record_bytes
         self.slot_bytes = slot_bytes(record_bytes)
         size = num_slots * self.slot_bytes
-        self.fd, self._mapping = _map_huge_pages(size) or _map(size)
+        with_checksums = size + 8 * num_slots
+        if same_as is not None:
+            self.fd, self._mapping = _attach(same_as, with_checksums)
+        else:
+            self.fd, self._mapping = _map_huge_pages(with_checksums) or _map(with_checksums)
         self._close_fd = weakref.finalize(self, os.close, self.fd)  # also where nobody calls `close`
         self.slots: NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8, size).reshape(
             num_slots, self.slot_bytes
         )
+        # Beside the records: whoever shares them has to be able to check them.
+        self.checksums: NDArray[np.uint64] = np.frombuffer(self._mapping, np.uint64, num_slots, size)
+
+    @property
+    def handle(self) -> ArenaHandle:
+        stat = os.fstat(self.fd)
+        return ArenaHandle(os.getpid(), self.fd, stat.st_dev, stat.st_ino)
 
     def records(self) -> NDArray[np.uint8]:
         """View of all records, shape (num_slots, record_bytes)."""
@@ -75,7 +98,7 @@ class HostArena:
 
     def close(self) -> None:
         """Give the memory back once no view of it is left."""
-        del self.slots
+        del self.slots, self.checksums
         with contextlib.suppress(BufferError):  # a caller still holds a view: the mapping goes with it
             self._mapping.close()
         self._close_fd()
@@ -92,6 +115,24 @@ def _map(size: int, flags: int = 0) -> tuple[int, mmap.mmap]:
             f"The host tier of {size / 1e9:.2f} GB can't be mapped: {error}. Lower DYN_KVBM_CPU_CACHE_GB."
         ) from error
     with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return fd, mapping
+
+
+def _attach(handle: ArenaHandle, size: int) -> tuple[int, mmap.mmap]:
+    try:
+        fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise LayoutError(f"The host tier of process {handle.pid} can't be shared: {error}.") from error
+    try:
+        stat = os.fstat(fd)
+        if (stat.st_dev, stat.st_ino) != (handle.device, handle.inode) or stat.st_size < size:
+            raise LayoutError(f"Process {handle.pid} has no host tier of {size} bytes any more.")
+        mapping = mmap.mmap(fd, stat.st_size)
+    except BaseException:
+        os.close(fd)
+        raise
+    with contextlib.suppress(OSError):
         mapping.madvise(mmap.MADV_HUGEPAGE)
     return fd, mapping
 

@@ -18,7 +18,7 @@ class HostRecords:
     def __init__(self, arena: HostArena, engine: CopyEngine | None = None, *, checksum: bool = True) -> None:
         self.arena = arena
         self._engine = engine
-        self._checksums = np.zeros(arena.num_slots, np.uint64) if checksum else None
+        self._checksums = arena.checksums if checksum else None
 
     @property
     def ready_slots(self) -> int:

@@ -108,6 +108,13 @@ def replica_of(parallel_config: Any) -> int:
     return parallel_config.data_parallel_rank if index is None else index
 
 
+def from_first_rank(value: Any) -> Any:
+    """What the first tensor-parallel rank calls this with. All ranks have to, and wait for it."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    return get_tp_group().broadcast_object(value, src=0)
+
+
 def hold_blocks(block_pool: Any, block_ids: Iterable[int]) -> None:
     """Keep device blocks from being given out, as if one more request used them."""
     block_pool.touch(_blocks(block_pool, block_ids))

@@ -71,9 +71,15 @@ class Geometry:
     num_device_blocks: int
     ranks: int
     groups: KvGroups = field(default_factory=KvGroups)
+    shared: bool = False  # all ranks have the same bytes, and use the tiers of the first
+
+    @property
+    def copies(self) -> int:
+        """Records of a block on all ranks together."""
+        return 1 if self.shared else self.ranks
 
     def host_bytes(self, num_slots: int) -> int:
-        return num_slots * slot_bytes(self.record_bytes) * self.ranks
+        return num_slots * slot_bytes(self.record_bytes) * self.copies
 
 
 def geometry(vllm_config: Any, kv_cache_config: Any) -> Geometry | str:
@@ -113,7 +119,18 @@ def geometry(vllm_config: Any, kv_cache_config: Any) -> Geometry | str:
         num_device_blocks=kv_cache_config.num_blocks,
         ranks=parallel.world_size,
         groups=kv_groups,
+        shared=_same_on_all_ranks(parallel, specs),
     )
+
+
+def _same_on_all_ranks(parallel: Any, specs: Sequence[Any]) -> bool:
+    """Whether all ranks hold the same bytes, and can share memory: they are of one machine."""
+    latent = all(type(spec).__name__ == "MLAAttentionSpec" for spec in specs)
+    one_machine = (
+        getattr(parallel, "distributed_executor_backend", None) == "mp"
+        and getattr(parallel, "nnodes", 1) == 1
+    )
+    return parallel.world_size > 1 and latent and one_machine
 
 
 def _group(group: Any) -> KvGroup | str:
@@ -184,6 +201,6 @@ def engine_namespace(vllm_config: Any, kv_cache_config: Any, shape: Geometry) ->
             "record_bytes": shape.record_bytes,
             "layers": [len(group.layer_names) for group in kv_cache_config.kv_cache_groups],
             "groups": [[group.window, group.reach] for group in shape.groups],
-            "tensor_parallel": vllm_config.parallel_config.tensor_parallel_size,
+            "tensor_parallel": shape.copies,
         }
     )

@@ -308,14 +308,15 @@ def make_scheduler_side(vllm_config: Any, kv_cache_config: Any, config: Config) 
         block_size=shape.block_size,
         num_slots=slots_of(shape, config),
         ranks=shape.ranks,
+        shared=shape.shared,
         groups=shape.groups,
         disk_slots=disk_slots_of(shape, config),
-        disk_record_bytes=disk_record_bytes(shape.record_bytes, shape.ranks),
+        disk_record_bytes=disk_record_bytes(shape.record_bytes, shape.copies),
         observer=observer,
     )
     events_mode = config.observe.events_mode if config.observe.events and shape.groups.single else None
     side = SchedulerSide(leader, shape.block_size, events_mode, shape.groups)
-    block_bytes, disk_block_bytes = shape.host_bytes(1), disk_record_bytes(shape.record_bytes, shape.ranks)
+    block_bytes, disk_block_bytes = shape.host_bytes(1), disk_record_bytes(shape.record_bytes, shape.copies)
     side.stats = StatsSource(leader, observer.log, block_bytes, disk_block_bytes)
     side.observer = observer
     if config.observe.metrics:
@@ -326,7 +327,7 @@ def make_scheduler_side(vllm_config: Any, kv_cache_config: Any, config: Config) 
 
 def slots_of(shape: Geometry, config: Config) -> int:
     """Blocks of the host tier; CapacityError if the configured size holds none."""
-    slots = num_host_slots(config, shape.record_bytes, shape.ranks)
+    slots = num_host_slots(config, shape.record_bytes, shape.copies)
     if slots < 1:
         raise CapacityError(
             f"DYN_KVBM_CPU_CACHE_GB={config.host.cache_gb} is less than one block of "
@@ -337,10 +338,10 @@ def slots_of(shape: Geometry, config: Config) -> int:
 
 def disk_slots_of(shape: Geometry, config: Config) -> int:
     """Blocks of the disk tier, 0 without one; CapacityError if the configured size holds none."""
-    slots = num_disk_slots(config, shape.record_bytes, shape.ranks)
+    slots = num_disk_slots(config, shape.record_bytes, shape.copies)
     if config.has_disk and slots < 1:
         raise CapacityError(
             f"DYN_KVBM_DISK_CACHE_GB={config.disk.cache_gb} is less than one block of "
-            f"{disk_record_bytes(shape.record_bytes, shape.ranks) / 1e9:.6f} GB: raise it, or unset it."
+            f"{disk_record_bytes(shape.record_bytes, shape.copies) / 1e9:.6f} GB: raise it, or unset it."
         )
     return slots

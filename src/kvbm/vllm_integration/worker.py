@@ -15,7 +15,7 @@ from kvbm.runtime.messages import StepOrders, WorkerReport
 from kvbm.runtime.rank import FoundRecords, make_worker
 from kvbm.runtime.worker import Worker
 from kvbm.storage.client import StorageClient
-from kvbm.transfer.arena import HostArena, ensure_fits
+from kvbm.transfer.arena import ArenaHandle, HostArena, ensure_fits
 from kvbm.transfer.copy import InStepLoad
 from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.identity import Geometry, check_tensors, geometry
@@ -67,13 +67,33 @@ class WorkerSide:
         if isinstance(self._shape, str):
             self._refused = self._shape
             return
-        slots = slots_of(self._shape, self._config)
-        ensure_fits(self._shape.host_bytes(slots))
+        if not self._shape.shared:
+            self._register(kv_caches, self._shape, None)
+            return
+        shared: ArenaHandle | None = None
+        if self._rank == 0:
+            try:
+                shared = self._register(kv_caches, self._shape, None)
+            finally:
+                compat.from_first_rank(shared)  # the others wait for it, whatever happens here
+        elif (shared := compat.from_first_rank(None)) is not None:
+            self._register(kv_caches, self._shape, shared)
+        else:
+            self._refused = "rank 0, whose host memory this rank should use, has none"
+
+    def _register(
+        self, kv_caches: Mapping[str, Any], shape: Geometry, shared: ArenaHandle | None
+    ) -> ArenaHandle | None:
+        """shared: the host tier of the rank that made it. Returns this rank's, or None if it has none."""
+        slots = slots_of(shape, self._config)
+        if shared is None:
+            ensure_fits(shape.host_bytes(slots))
         try:
             check_tensors(self._kv_cache_config, kv_caches)
-            self._worker = self._make_worker(kv_caches, self._shape, slots)
+            self._worker = self._make_worker(kv_caches, shape, slots, shared)
             self._num_slots = slots
             self._unannounced = set(kv_caches)
+            return self._worker.arena.handle
         except LayoutError as error:
             self._refused = str(error)
         except (CapacityError, ConfigError):
@@ -81,6 +101,7 @@ class WorkerSide:
         except Exception as error:  # a driver without a call that we need, for one
             logger.exception("KVBM: the KV cache can't be copied")
             self._refused = f"the KV cache can't be copied: {error}"
+        return None
 
     # ---- a step ----
 
@@ -222,7 +243,9 @@ class WorkerSide:
         if self._worker is not None:
             self._worker.close()
 
-    def _make_worker(self, kv_caches: Mapping[str, Any], shape: Geometry, slots: int) -> Worker:
+    def _make_worker(
+        self, kv_caches: Mapping[str, Any], shape: Geometry, slots: int, shared: ArenaHandle | None
+    ) -> Worker:
         config = self._config
 
         def start_disk(arena: HostArena) -> StorageClient:
@@ -232,7 +255,7 @@ class WorkerSide:
                 num_slots=disk_slots_of(shape, config),
                 namespace=record_namespace(self._vllm_config, self._kv_cache_config, shape, kv_caches),
                 rank=self._rank,
-                ranks=shape.ranks,
+                ranks=shape.copies,
                 replica=compat.replica_of(self._vllm_config.parallel_config),
             )
 
@@ -243,4 +266,5 @@ class WorkerSide:
             shape.record_bytes,
             num_slots=slots,
             start_disk=start_disk,
+            shared=shared,
         )
