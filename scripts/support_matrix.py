@@ -26,7 +26,7 @@ INTRODUCTION = """\
 # What is supported
 
 Made by `scripts/support_matrix.py` from test results; do not edit. What is tested runs on a real engine: the
-answers are token for token those of the same engine without KVBM. Some refusals are shown on vLLM's own objects.
+answers are token for token those of the same engine without KVBM. Some refusals are shown on vLLM's objects.
 
 - **tested**: and the tokens were served from KVBM's tiers.
 - **refused**: such a request is not cached, or caching is off for such an engine. It is counted or logged,
