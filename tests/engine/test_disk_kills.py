@@ -80,6 +80,7 @@ def test_io_process(
             assert got.tokens == right(asks), where
             assert got.at_rest, f"{where}: {got.after} {got.disk_after}"
         slow.set()
+        engine.call(disk.wait_io)
         some = pool[:4]
         engine.call(disk.store, some)
         last = engine.call(disk.from_disk, some)

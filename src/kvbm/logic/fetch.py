@@ -50,9 +50,7 @@ class Survey:
 def survey(groups: KvGroups, host: BlockPool, disk: BlockPool, hashes: Hashes) -> Survey:
     """Of a sequence's blocks."""
     in_host = groups.lookup(host.find, hashes)
-    on_disk = groups.lookup(disk.find, hashes)
-    for slots in on_disk:
-        slots[disk.states(slots) != _REGISTERED] = -1
+    on_disk = groups.lookup(disk.registered, hashes)
     here = [slots >= 0 for slots in in_host]
     below = [(slots >= 0) & ~near for slots, near in zip(on_disk, here, strict=True)]
     there = [near | far for near, far in zip(here, below, strict=True)]

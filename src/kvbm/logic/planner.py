@@ -126,18 +126,14 @@ class Planner:
         """How many of the first blocks of a sequence the host can give."""
         if self.groups.single:
             return len(self.pool.match(hashes))
-        return self.groups.longest([slots >= 0 for slots in self.groups.lookup(self.registered, hashes)])
+        return self.groups.longest([slots >= 0 for slots in self.groups.lookup(self.pool.registered, hashes)])
 
     def slots_of(self, hashes: Hashes) -> Slots:
         """Host blocks that a prefix which the host can give needs."""
         starts = enumerate(self.groups.needed(len(hashes)))
-        return np.concatenate([self.registered(self.groups.keys(hashes[at:], group)) for group, at in starts])
-
-    def registered(self, keys: Hashes) -> Slots:
-        """Host block of each key, -1 where there is none that can be loaded."""
-        slots = self.pool.find(keys)
-        slots[self.pool.states(slots) != _REGISTERED] = -1
-        return slots
+        return np.concatenate(
+            [self.pool.registered(self.groups.keys(hashes[at:], group)) for group, at in starts]
+        )
 
     def set_table(self, request_id: str, *tables: Sequence[int]) -> None:
         """The device blocks that hold the request's sequence, from its head, of each group."""
@@ -169,7 +165,7 @@ class Planner:
         for group, needed in enumerate(self.groups.needed(count)):
             part = slice(first + needed, end)
             blocks.append(request.tables[group].rows[part])
-            slots.append(self.registered(self.groups.keys(request.hasher.hashes[part], group)))
+            slots.append(self.pool.registered(self.groups.keys(request.hasher.hashes[part], group)))
         targets, sources = np.concatenate(blocks), np.concatenate(slots)
         sources[targets == NO_BLOCK] = -1
         found = sources[sources >= 0]

@@ -131,6 +131,12 @@ class BlockPool:
         """Slot that owns each hash, complete or registered; -1 where there is none."""
         return self._index.find(hashes, group)
 
+    def registered(self, hashes: Hashes) -> Slots:
+        """Slot of each hash that can be matched; -1 where there is none."""
+        slots = self._index.find(hashes)
+        slots[self._states[slots] != _REGISTERED] = -1
+        return slots
+
     def hashes(self, slots: Slots) -> Hashes:
         """Sequence hashes of complete or registered slots."""
         out = np.empty((len(slots), 2), np.uint64)

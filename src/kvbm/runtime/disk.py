@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kvbm.config import Config
-from kvbm.errors import ConfigError
+from kvbm.errors import CapacityError, ConfigError
 from kvbm.logic.admission import FrequencyFilter, WriteBudget
 from kvbm.logic.disk import DiskLimits, DiskTier
 from kvbm.logic.estimate import LoadEstimate
@@ -45,6 +45,28 @@ def num_disk_slots(config: Config, record_bytes: int, ranks: int) -> int:
     """Blocks of the disk tier, headers included in its size."""
     size = disk_record_bytes(record_bytes, ranks)
     return config.disk.num_blocks or int(config.disk.cache_gb * 1e9 // size)
+
+
+def require_host_slots(config: Config, record_bytes: int, ranks: int) -> int:
+    """As `num_host_slots`; CapacityError if the configured size holds none."""
+    slots = num_host_slots(config, record_bytes, ranks)
+    if slots < 1:
+        raise CapacityError(
+            f"DYN_KVBM_CPU_CACHE_GB={config.host.cache_gb} is less than one block of "
+            f"{slot_bytes(record_bytes) * ranks / 1e9:.6f} GB: raise it, or unset it to run without KVBM."
+        )
+    return slots
+
+
+def require_disk_slots(config: Config, record_bytes: int, ranks: int) -> int:
+    """As `num_disk_slots`, 0 without a disk tier; CapacityError if the configured size holds none."""
+    slots = num_disk_slots(config, record_bytes, ranks)
+    if config.has_disk and slots < 1:
+        raise CapacityError(
+            f"DYN_KVBM_DISK_CACHE_GB={config.disk.cache_gb} is less than one block of "
+            f"{disk_record_bytes(record_bytes, ranks) / 1e9:.6f} GB: raise it, or unset it."
+        )
+    return slots
 
 
 def disk_record_bytes(record_bytes: int, ranks: int) -> int:

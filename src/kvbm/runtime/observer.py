@@ -167,7 +167,7 @@ def _missing_key(planner: Planner, hashes: Hashes, block: int) -> Hashes:
     if not planner.groups.single:
         for group, first in enumerate(planner.groups.needed(block + 1)):
             keys = planner.groups.keys(hashes[first : block + 1], group)
-            lost = np.flatnonzero(planner.registered(keys) < 0)
+            lost = np.flatnonzero(planner.pool.registered(keys) < 0)
             if len(lost):
                 return keys[lost[-1] :][:1]
     return hashes[block : block + 1]

@@ -1,5 +1,6 @@
 """What a rank's half of an integration is made of, whatever the engine."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from kvbm.config import Config
-from kvbm.errors import LayoutError
+from kvbm.errors import CapacityError, ConfigError, LayoutError
 from kvbm.logic.hashing import Hashes
 from kvbm.logic.operations import BlockIds
 from kvbm.runtime.worker import Worker
@@ -20,6 +21,8 @@ from kvbm.transfer.copy import CopyEngine, CpuCopyEngine
 from kvbm.transfer.layout import KvLayout, recognise, tensor_view
 from kvbm.transfer.proof import prove
 from kvbm.transfer.records import HostRecords
+
+logger = logging.getLogger(__name__)
 
 
 def make_worker(
@@ -53,6 +56,22 @@ def make_worker(
         disk=start_disk(arena) if config.has_disk and shared is None else None,
         stores=shared is None,
     )
+
+
+def worker_or_reason(make: Callable[[], Worker]) -> Worker | str:
+    """The worker that `make` makes, or why the KV cache can't be cached.
+
+    CapacityError and ConfigError go through: the user asked for what this machine does not have.
+    """
+    try:
+        return make()
+    except LayoutError as error:
+        return str(error)
+    except (CapacityError, ConfigError):
+        raise
+    except Exception as error:  # a driver without a call that we need, for one
+        logger.exception("KVBM: the KV cache can't be copied")
+        return f"the KV cache can't be copied: {error}"
 
 
 def make_copy_engine(

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from kvbm.config import Config
-from kvbm.errors import CapacityError, ConfigError, LayoutError, LostLoadError
+from kvbm.errors import LostLoadError
 from kvbm.logic.hashing import namespace_digest
 from kvbm.logic.operations import Completion, Direction, Failure, Operation
 from kvbm.runtime.channel import Hello, ReportSender
-from kvbm.runtime.disk import disk_record_bytes, num_disk_slots, num_host_slots, start_storage
+from kvbm.runtime.disk import require_disk_slots, require_host_slots, start_storage
 from kvbm.runtime.fingerprint import device_fingerprint, fingerprint
 from kvbm.runtime.messages import WorkerReport
-from kvbm.runtime.rank import FoundRecords, make_worker
+from kvbm.runtime.rank import FoundRecords, make_worker, worker_or_reason
 from kvbm.runtime.worker import Worker
 from kvbm.storage.client import StorageClient
 from kvbm.transfer.arena import HostArena, ensure_fits, slot_bytes
@@ -68,15 +68,10 @@ class WorkerSide:
             self._refused = f"the KV cache has blocks of {block_size} tokens, not {shape.block_size}"
             return
         self._record_bytes = sum(tensor.nbytes for tensor in kv_caches.values()) // num_blocks
-        self._num_slots = num_host_slots(self._config, self._record_bytes, shape.ranks)
-        if self._num_slots < 1:
-            raise CapacityError(
-                f"DYN_KVBM_CPU_CACHE_GB={self._config.host.cache_gb} is less than one block of "
-                f"{slot_bytes(self._record_bytes) * shape.ranks / 1e9:.6f} GB: raise it, or unset it."
-            )
+        self._num_slots = require_host_slots(self._config, self._record_bytes, shape.ranks)
         ensure_fits(self._num_slots * slot_bytes(self._record_bytes) * shape.ranks)
-        try:
-            self._worker = make_worker(
+        worker = worker_or_reason(
+            lambda: make_worker(
                 self._config,
                 kv_caches,
                 num_blocks,
@@ -84,25 +79,18 @@ class WorkerSide:
                 num_slots=self._num_slots,
                 start_disk=lambda arena: self._start_disk(arena, shape, kv_caches),
             )
-        except LayoutError as error:
-            self._refused = str(error)
-        except (CapacityError, ConfigError):
-            raise  # the user asked for what this machine does not have
-        except Exception as error:  # a driver without a call that we need, for one
-            logger.exception("KVBM: the KV cache can't be copied")
-            self._refused = f"the KV cache can't be copied: {error}"
+        )
+        if isinstance(worker, str):
+            self._refused = worker
+        else:
+            self._worker = worker
 
     def turn_off(self, reason: str) -> None:
         """The leader hears of it and promises nothing any more."""
         self._refused = reason
 
     def _start_disk(self, arena: HostArena, shape: Geometry, kv_caches: Mapping[str, Any]) -> StorageClient:
-        slots = num_disk_slots(self._config, self._record_bytes, shape.ranks)
-        if slots < 1:
-            raise CapacityError(
-                f"DYN_KVBM_DISK_CACHE_GB={self._config.disk.cache_gb} is less than one block of "
-                f"{disk_record_bytes(self._record_bytes, shape.ranks) / 1e9:.6f} GB: raise it, or unset it."
-            )
+        slots = require_disk_slots(self._config, self._record_bytes, shape.ranks)
         # A disk outlives the engine: whatever may change the bytes counts.
         namespace = namespace_digest(
             {

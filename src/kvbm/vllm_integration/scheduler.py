@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from kvbm.config import Config
-from kvbm.errors import CapacityError
 from kvbm.logic.followed import NO_BLOCK, Passing
 from kvbm.logic.groups import KvGroups
 from kvbm.logic.outcome import Outcome
 from kvbm.observe.server import Server
 from kvbm.runtime.admin import Admin
-from kvbm.runtime.disk import disk_record_bytes, num_disk_slots, num_host_slots
+from kvbm.runtime.disk import disk_record_bytes, require_disk_slots, require_host_slots
 from kvbm.runtime.leader import Leader
 from kvbm.runtime.messages import StepOrders, WorkerReport
 from kvbm.runtime.observer import Observer
@@ -327,21 +326,9 @@ def make_scheduler_side(vllm_config: Any, kv_cache_config: Any, config: Config) 
 
 def slots_of(shape: Geometry, config: Config) -> int:
     """Blocks of the host tier; CapacityError if the configured size holds none."""
-    slots = num_host_slots(config, shape.record_bytes, shape.copies)
-    if slots < 1:
-        raise CapacityError(
-            f"DYN_KVBM_CPU_CACHE_GB={config.host.cache_gb} is less than one block of "
-            f"{shape.host_bytes(1) / 1e9:.6f} GB: raise it, or unset it to run without KVBM."
-        )
-    return slots
+    return require_host_slots(config, shape.record_bytes, shape.copies)
 
 
 def disk_slots_of(shape: Geometry, config: Config) -> int:
     """Blocks of the disk tier, 0 without one; CapacityError if the configured size holds none."""
-    slots = num_disk_slots(config, shape.record_bytes, shape.copies)
-    if config.has_disk and slots < 1:
-        raise CapacityError(
-            f"DYN_KVBM_DISK_CACHE_GB={config.disk.cache_gb} is less than one block of "
-            f"{disk_record_bytes(shape.record_bytes, shape.copies) / 1e9:.6f} GB: raise it, or unset it."
-        )
-    return slots
+    return require_disk_slots(config, shape.record_bytes, shape.copies)

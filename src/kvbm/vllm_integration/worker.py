@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from kvbm.config import Config
-from kvbm.errors import CapacityError, ConfigError, LayoutError, LostLoadError
+from kvbm.errors import LostLoadError
 from kvbm.logic.operations import Completion, Direction, Failure, Operation
 from kvbm.runtime.disk import start_storage
 from kvbm.runtime.messages import StepOrders, WorkerReport
-from kvbm.runtime.rank import FoundRecords, make_worker
+from kvbm.runtime.rank import FoundRecords, make_worker, worker_or_reason
 from kvbm.runtime.worker import Worker
 from kvbm.storage.client import StorageClient
 from kvbm.transfer.arena import ArenaHandle, HostArena, ensure_fits
@@ -88,20 +88,14 @@ class WorkerSide:
         slots = slots_of(shape, self._config)
         if shared is None:
             ensure_fits(shape.host_bytes(slots))
-        try:
-            check_tensors(self._kv_cache_config, kv_caches)
-            self._worker = self._make_worker(kv_caches, shape, slots, shared)
-            self._num_slots = slots
-            self._unannounced = set(kv_caches)
-            return self._worker.arena.handle
-        except LayoutError as error:
-            self._refused = str(error)
-        except (CapacityError, ConfigError):
-            raise  # the user asked for what this machine does not have
-        except Exception as error:  # a driver without a call that we need, for one
-            logger.exception("KVBM: the KV cache can't be copied")
-            self._refused = f"the KV cache can't be copied: {error}"
-        return None
+        worker = worker_or_reason(lambda: self._make_worker(kv_caches, shape, slots, shared))
+        if isinstance(worker, str):
+            self._refused = worker
+            return None
+        self._worker = worker
+        self._num_slots = slots
+        self._unannounced = set(kv_caches)
+        return worker.arena.handle
 
     # ---- a step ----
 
@@ -247,6 +241,7 @@ class WorkerSide:
         self, kv_caches: Mapping[str, Any], shape: Geometry, slots: int, shared: ArenaHandle | None
     ) -> Worker:
         config = self._config
+        check_tensors(self._kv_cache_config, kv_caches)
 
         def start_disk(arena: HostArena) -> StorageClient:
             return start_storage(
