@@ -171,9 +171,10 @@ def test_it_goes_on_when_the_io_process_dies(tmp_path: Path) -> None:
     device = Device()
     with managing(device, tmp_path) as manager:
         fill(device, manager)
-        assert manager._disk is not None
-        assert manager._disk._worker._disk is not None
-        os.kill(manager._disk._worker._disk.pid or 0, signal.SIGKILL)
+        disk = manager._store._disk
+        assert disk is not None
+        assert disk._worker._disk is not None
+        os.kill(disk._worker._disk.pid or 0, signal.SIGKILL)
         assert device.onboard(manager, 5) == 4  # in host memory
         assert device.onboard(manager, 0) == 0  # a miss at worst
         end = time.monotonic() + 20
@@ -202,7 +203,7 @@ def test_events_name_the_tier(tmp_path: Path) -> None:
 
 def test_mistakes(tmp_path: Path) -> None:
     device = Device()
-    with pytest.raises(CapacityError, match="smaller than one block"):
+    with pytest.raises(CapacityError, match="less than one block"):
         with managing(device, tmp_path, disk__num_blocks=None, disk__cache_gb=1e-9):
             pass
     with pytest.raises(CapacityError, match="DYN_KVBM_DISK_CACHE_GB"):

@@ -52,8 +52,9 @@ def require_host_slots(config: Config, record_bytes: int, ranks: int) -> int:
     slots = num_host_slots(config, record_bytes, ranks)
     if slots < 1:
         raise CapacityError(
-            f"DYN_KVBM_CPU_CACHE_GB={config.host.cache_gb} is less than one block of "
-            f"{slot_bytes(record_bytes) * ranks / 1e9:.6f} GB: raise it, or unset it to run without KVBM."
+            f"A host tier of {config.host.cache_gb} GB is less than one block of "
+            f"{slot_bytes(record_bytes) * ranks / 1e9:.6f} GB: raise host.cache_gb "
+            f"(DYN_KVBM_CPU_CACHE_GB), or unset it to run without KVBM."
         )
     return slots
 
@@ -63,8 +64,9 @@ def require_disk_slots(config: Config, record_bytes: int, ranks: int) -> int:
     slots = num_disk_slots(config, record_bytes, ranks)
     if config.has_disk and slots < 1:
         raise CapacityError(
-            f"DYN_KVBM_DISK_CACHE_GB={config.disk.cache_gb} is less than one block of "
-            f"{disk_record_bytes(record_bytes, ranks) / 1e9:.6f} GB: raise it, or unset it."
+            f"A disk tier of {config.disk.cache_gb} GB is less than one block of "
+            f"{disk_record_bytes(record_bytes, ranks) / 1e9:.6f} GB: raise disk.cache_gb "
+            f"(DYN_KVBM_DISK_CACHE_GB), or unset it."
         )
     return slots
 
