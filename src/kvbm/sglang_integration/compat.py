@@ -1,0 +1,87 @@
+"""What differs between the versions of SGLang that we support. All imports of it by name are here."""
+
+import importlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from kvbm.errors import UnsupportedEngineError
+
+OLDEST, NEWEST = (0, 5, 9), (0, 5, 23)
+
+# Where methods live that change weights, newest first.
+_WEIGHT_UPDATERS = (
+    "sglang.srt.managers.scheduler_components.weight_updater",
+    "sglang.srt.model_executor.model_runner_components.weight_updater",
+    "sglang.srt.managers.scheduler_update_weights_mixin",
+    "sglang.srt.model_executor.model_runner",
+)
+
+
+def check_engine_version(version: str, *, allow_untested: bool) -> None:
+    """Refuse an SGLang that this package was not written for."""
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    if (found and OLDEST <= tuple(map(int, found.groups())) <= NEWEST) or allow_untested:
+        return
+    raise UnsupportedEngineError(
+        f"SGLang {version} is not among the versions that KVBM is written for ({_name(OLDEST)} to "
+        f"{_name(NEWEST)}). Install one of those, or set KVBM_ALLOW_UNTESTED_ENGINE=1 to try this one."
+    )
+
+
+def version() -> str:
+    return str(importlib.import_module("sglang").__version__)
+
+
+def server_args() -> Any:
+    """The engine's settings; None outside an engine."""
+    for module, getter in (
+        ("sglang.srt.runtime_context", "get_server_args"),  # 0.5.22 and later
+        ("sglang.srt.server_args", "get_global_server_args"),
+    ):
+        try:
+            return getattr(importlib.import_module(module), getter)()
+        except (ImportError, AttributeError, ValueError, RuntimeError, AssertionError):
+            continue
+    return None
+
+
+def replica() -> int:
+    """Number of this engine among those of one deployment (data parallelism)."""
+    try:
+        parallel = importlib.import_module("sglang.srt.runtime_context").get_parallel()
+        return int(parallel.dp_rank or 0)
+    except (ImportError, AttributeError, ValueError, RuntimeError):
+        return 0
+
+
+def weight_updaters() -> Iterator[type]:
+    """Classes with methods that change weights."""
+    for name in _WEIGHT_UPDATERS:
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue
+        yield from (
+            value for value in vars(module).values() if isinstance(value, type) and value.__module__ == name
+        )
+
+
+def event_publisher(config: str, attn_dp_rank: int) -> tuple[Any, Any]:
+    """Module of the event classes, and a publisher of SGLang's own."""
+    module = importlib.import_module("sglang.srt.disaggregation.kv_events")
+    return module, module.EventPublisherFactory.create(config, attn_dp_rank)
+
+
+def storage_metrics() -> Any:
+    """An empty report for SGLang's own metrics; None where it has none."""
+    for name in ("sglang.srt.observability.metrics_collector", "sglang.srt.metrics.collector"):
+        try:
+            return importlib.import_module(name).StorageMetrics()
+        except (ImportError, AttributeError):
+            continue
+    return None
+
+
+def _name(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
