@@ -18,7 +18,7 @@ import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -81,8 +81,8 @@ class _Held:
 
 @dataclass(slots=True)
 class _Offload:
-    slots: Slots = NO_SLOTS  # all that it holds
-    new: Slots = NO_SLOTS  # to be written
+    slots: Slots = field(default_factory=lambda: NO_SLOTS)  # all that it holds
+    new: Slots = field(default_factory=lambda: NO_SLOTS)  # to be written
     whole: bool = False  # there was room for all
     done: bool = False
     succeeded: bool = False
