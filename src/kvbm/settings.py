@@ -178,6 +178,14 @@ class DiskConfig(msgspec.Struct, frozen=True, kw_only=True):
         _Seconds,
         _key("KVBM_DISK_TIMEOUT_S", "Seconds that one operation may take; after them a load is a miss."),
     ] = 10.0
+    exchange: Annotated[
+        _Flag,
+        _key(
+            "KVBM_DISK_EXCHANGE",
+            "Keep records in a form that does not depend on the engine, so that vLLM and SGLang find each "
+            "other's of the same model. Where that can't be, an engine's records stay its own.",
+        ),
+    ] = False
     skip_slow_loads: Annotated[
         _Flag,
         _key(

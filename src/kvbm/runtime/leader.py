@@ -23,7 +23,7 @@ from kvbm.logic.disk import DiskTier
 from kvbm.logic.estimate import LoadEstimate
 from kvbm.logic.followed import NO_BLOCK, Passing
 from kvbm.logic.groups import KvGroups
-from kvbm.logic.hashing import Hashes, SequenceHasher, epoch_namespace, root_hash, salt_tag
+from kvbm.logic.hashing import Hashes, SequenceHasher, epoch_namespace, page_hasher, root_hash, salt_tag
 from kvbm.logic.history import Fate
 from kvbm.logic.index import Slots
 from kvbm.logic.operations import Direction, Operation
@@ -101,6 +101,7 @@ class Leader:
         self._base_namespace = namespace
         self._namespace = namespace  # of the present weights
         self._block_size = block_size
+        self._exchange = config.disk.exchange
         self._num_slots = num_slots
         self._ranks = ranks
         self._clock = clock
@@ -207,10 +208,16 @@ class Leader:
 
         first_block: digest of its first block's tokens alone, for observers.
         """
-        root = root_hash(self._namespace, self._block_size, salt=salt, adapter=adapter)
         tag = salt_tag(salt)
-        self._planner.add_request(request_id, SequenceHasher(root, self._block_size), tag)
+        self._planner.add_request(request_id, self._hasher(salt, adapter), tag)
         self._tell(Observer.arrived, request_id, prompt_tokens, Identity(tag, adapter, first_block))
+
+    def _hasher(self, salt: str | None, adapter: str | None = None) -> SequenceHasher:
+        # Other engines know neither our adapters nor weights that came later.
+        if self._exchange and adapter is None and self._namespace == self._base_namespace:
+            return page_hasher(self._block_size, salt=salt)
+        root = root_hash(self._namespace, self._block_size, salt=salt, adapter=adapter)
+        return SequenceHasher(root, self._block_size)
 
     def refuse(self, reason: str, request_id: str = "", prompt_tokens: int = 0) -> None:
         """Count a request that isn't cached; the log names each reason once."""
@@ -399,7 +406,7 @@ class Leader:
 
     def hashes_of(self, tokens: Sequence[int], salt: str | None) -> Hashes:
         """Sequence hashes of the whole blocks among `tokens`, as of a request without adapter."""
-        hasher = SequenceHasher(root_hash(self._namespace, self._block_size, salt=salt), self._block_size)
+        hasher = self._hasher(salt)
         hasher.extend(tokens)
         return hasher.hashes
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kvbm.config import Config
 from kvbm.errors import CapacityError, ConfigError, LayoutError
@@ -33,12 +34,14 @@ def make_worker(
     *,
     num_slots: int,
     start_disk: Callable[[HostArena], StorageClient],
+    views: Sequence[NDArray[Any]] | None = None,
     shared: ArenaHandle | None = None,
 ) -> Worker:
     """A worker for an engine's KV tensors, with `num_slots` records of host memory.
 
-    start_disk: asked where a disk tier is configured. shared: the records of another rank, whose blocks have
-    the same bytes; that one stores, and this one loads. LayoutError where the tensors are not understood.
+    start_disk: asked where a disk tier is configured. views: see `CpuCopyEngine`. shared: the records of
+    another rank, whose blocks have the same bytes; that one stores, and this one loads. LayoutError where the
+    tensors are not understood.
     """
     layout = recognise(
         (tensor_view(name, tensor) for name, tensor in kv_caches.items()), num_device_blocks, record_bytes
@@ -46,7 +49,12 @@ def make_worker(
     arena = HostArena(num_slots, layout.record_bytes, shared)
     device = next(iter(kv_caches.values())).device
     wanted = config.transfer.copy_method
-    engine = make_copy_engine(layout, arena, device, None if wanted == "auto" else Method(wanted))
+    method = None if wanted == "auto" else Method(wanted)
+    engine = (
+        make_copy_engine(layout, arena, device, method)
+        if views is None
+        else CpuCopyEngine(layout, arena, views)
+    )
     prove(kv_caches, layout, engine, arena)
     checksum = config.host.checksum
     return Worker(

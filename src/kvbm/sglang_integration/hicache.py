@@ -21,8 +21,10 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
 
 from kvbm.errors import LayoutError
 from kvbm.runtime.block_store import BlockStore, StoreStats
+from kvbm.runtime.exchange import Exchange
 from kvbm.sglang_integration import compat
 from kvbm.sglang_integration.events import publish_events
+from kvbm.sglang_integration.exchange import pool_exchange
 from kvbm.sglang_integration.identity import Place, engine_namespace, hashes_of, read_config
 from kvbm.sglang_integration.weights import weight_watch
 from kvbm.transfer.copy import CpuCopyEngine
@@ -90,19 +92,25 @@ class KvbmStorage(HiCacheStorage):
             return
         place = _place(config)
         layout: KvLayout | None = None
+        exchange: Exchange | None = None
         if self._zero_copy:
             layout = pool_layout(pool)
             record_bytes = layout.record_bytes
+            exchange = pool_exchange(pool, place) if self._config.disk.exchange else None
         else:
             record_bytes = pool.get_dummy_flat_data_page().nbytes
+        if self._config.disk.exchange and exchange is None:
+            logger.warning("KVBM: records on disk are not exchanged with other engines: see docs/engines.md")
         facts = {name: str(getattr(pool, name, None)) for name in _POOL}
         facts |= {"type": type(pool).__name__, "zero_copy": self._zero_copy, "bytes": record_bytes}
         self._pages = layout.num_blocks if layout else 0
         self._store = BlockStore(
             self._config,
             record_bytes,
-            (lambda arena: CpuCopyEngine(layout, arena)) if layout else None,
-            namespace=engine_namespace(getattr(config, "model_name", None), facts, place),
+            (lambda arena: CpuCopyEngine(layout, arena, exchange and exchange.views)) if layout else None,
+            namespace=exchange.namespace
+            if exchange
+            else engine_namespace(getattr(config, "model_name", None), facts, place),
             checksum=self._config.host.checksum is not False,
             rank=place.rank,
             ranks=place.ranks,

@@ -37,6 +37,7 @@ from kvbm.runtime.rank import make_copy_engine
 from kvbm.runtime.worker import Worker
 from kvbm.sglang_integration import compat
 from kvbm.sglang_integration.events import publish_events
+from kvbm.sglang_integration.exchange import page_namespace
 from kvbm.sglang_integration.identity import Place, engine_namespace, hashes_of, read_config
 from kvbm.sglang_integration.weights import weight_watch
 from kvbm.transfer.arena import HostArena
@@ -159,7 +160,11 @@ class KvbmLinker(UnifiedCacheLinker):
             "type": type(kv_cache).__name__,
             "layers": [str(getattr(kv_cache, name, None)) for name in ("start_layer", "end_layer")],
         }
-        device = next(iter(tensors.values())).device
+        first = next(iter(tensors.values()))
+        device = first.device
+        exchanged: bytes | None = None
+        if config.disk.exchange:  # these records have that form: layers, keys and values, tokens, heads
+            exchanged = page_namespace(first.dtype, len(tensors) // 2, tuple(first.shape[1:]), place)
         wanted = config.transfer.copy_method
         checksum = config.host.checksum
 
@@ -172,7 +177,8 @@ class KvbmLinker(UnifiedCacheLinker):
             config,
             layout.record_bytes,
             make_engine,
-            namespace=engine_namespace(str(getattr(server_args, "model_path", "")), facts, place),
+            namespace=exchanged
+            or engine_namespace(str(getattr(server_args, "model_path", "")), facts, place),
             checksum=device.type == "cpu" if checksum is None else checksum,
             rank=place.rank,
             ranks=place.ranks,

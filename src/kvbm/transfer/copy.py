@@ -2,11 +2,14 @@
 
 import ctypes
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
+from kvbm.errors import LayoutError
 from kvbm.transfer.arena import HostArena
 from kvbm.transfer.layout import KvLayout, Run
 
@@ -91,10 +94,21 @@ class CopyEngine(ABC):
 
 
 class CpuCopyEngine(CopyEngine):
-    """For KV tensors in this process's memory. One strided memcpy a block and run, without the GIL."""
+    """For KV tensors in this process's memory. One strided memcpy a block and run, without the GIL.
 
-    def __init__(self, layout: KvLayout, arena: HostArena) -> None:
-        self._pairs = [(_device_view(run, layout.num_blocks), _host_view(run, arena)) for run in layout.runs]
+    views: of the tensors, first dimension blocks; then a record is not the layout's but the elements of each
+    view after the other, in the order of its dimensions.
+    """
+
+    def __init__(
+        self, layout: KvLayout, arena: HostArena, views: Sequence[NDArray[Any]] | None = None
+    ) -> None:
+        if views is None:
+            self._pairs = [
+                (_device_view(run, layout.num_blocks), _host_view(run, arena)) for run in layout.runs
+            ]
+        else:
+            self._pairs = list(zip(views, _element_views(views, arena), strict=True))
 
     def offload(
         self, device_blocks: NDArray[np.integer], host_slots: NDArray[np.integer], after: object = None
@@ -127,3 +141,15 @@ def _host_view(run: Run, arena: HostArena) -> NDArray[np.uint8]:
     return as_strided(
         part, (arena.num_slots, run.pieces, run.piece_bytes), (arena.slot_bytes, run.piece_bytes, 1)
     )
+
+
+def _element_views(views: Sequence[NDArray[Any]], arena: HostArena) -> Iterator[NDArray[Any]]:
+    """Where the elements of each view lie in the arena, in the same shape but for the first dimension."""
+    offset = 0
+    for view in views:
+        size = view[0].size * view.itemsize
+        part = arena.records()[:, offset : offset + size].view(view.dtype)
+        yield part.reshape(arena.num_slots, *view.shape[1:])
+        offset += size
+    if offset != arena.record_bytes:
+        raise LayoutError(f"The views hold {offset} bytes a block, a record {arena.record_bytes}.")

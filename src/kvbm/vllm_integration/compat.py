@@ -108,6 +108,12 @@ def replica_of(parallel_config: Any) -> int:
     return parallel_config.data_parallel_rank if index is None else index
 
 
+def cpu_kernel(vllm_config: Any, layer_name: str) -> str | None:
+    """Which of vLLM's CPU attention kernels a layer uses; they order the bytes of a block differently."""
+    layer = vllm_config.compilation_config.static_forward_context.get(layer_name)
+    return getattr(layer, "isa", None)
+
+
 def from_first_rank(value: Any) -> Any:
     """What the first tensor-parallel rank calls this with. All ranks have to, and wait for it."""
     from vllm.distributed.parallel_state import get_tp_group

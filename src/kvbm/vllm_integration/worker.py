@@ -11,6 +11,7 @@ from kvbm.config import Config
 from kvbm.errors import LostLoadError
 from kvbm.logic.operations import Completion, Direction, Failure, Operation
 from kvbm.runtime.disk import start_storage
+from kvbm.runtime.exchange import Exchange
 from kvbm.runtime.messages import StepOrders, WorkerReport
 from kvbm.runtime.rank import FoundRecords, make_worker, worker_or_reason
 from kvbm.runtime.worker import Worker
@@ -18,6 +19,7 @@ from kvbm.storage.client import StorageClient
 from kvbm.transfer.arena import ArenaHandle, HostArena, ensure_fits
 from kvbm.transfer.copy import InStepLoad
 from kvbm.vllm_integration import compat
+from kvbm.vllm_integration.exchange import find_exchange
 from kvbm.vllm_integration.identity import Geometry, check_tensors, geometry
 from kvbm.vllm_integration.scheduler import disk_slots_of, slots_of
 from kvbm.vllm_integration.weights import record_namespace
@@ -243,12 +245,21 @@ class WorkerSide:
         config = self._config
         check_tensors(self._kv_cache_config, kv_caches)
 
+        exchange: Exchange | None = None
+        if config.has_disk and config.disk.exchange:
+            found = find_exchange(self._vllm_config, self._kv_cache_config, kv_caches, shape, self._rank)
+            if isinstance(found, str):
+                logger.warning("KVBM: records on disk are not exchanged with other engines: %s", found)
+            else:
+                exchange = found
+
         def start_disk(arena: HostArena) -> StorageClient:
+            own = (self._vllm_config, self._kv_cache_config, shape, kv_caches)
             return start_storage(
                 config,
                 arena,
                 num_slots=disk_slots_of(shape, config),
-                namespace=record_namespace(self._vllm_config, self._kv_cache_config, shape, kv_caches),
+                namespace=exchange.namespace if exchange else record_namespace(*own),
                 rank=self._rank,
                 ranks=shape.copies,
                 replica=compat.replica_of(self._vllm_config.parallel_config),
@@ -261,5 +272,6 @@ class WorkerSide:
             shape.record_bytes,
             num_slots=slots,
             start_disk=start_disk,
+            views=exchange.views if exchange else None,
             shared=shared,
         )
