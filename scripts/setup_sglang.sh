@@ -73,8 +73,10 @@ import sysconfig
 print(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})")
 PY
 
+# SGLang compiles its hash function where it first needs it, with what PATH names. The result holds for this .venv only.
 say "building SGLang's hash function"
-PATH=$BASE/bin:$PATH "$PY" - >>"$LOG" 2>&1 <<'PY' || {
+ln -s "$BASE/bin/ninja" "$VENV/bin/ninja"
+PATH=$VENV/bin:$PATH TORCH_EXTENSIONS_DIR=$VENV/torch_extensions "$PY" - >>"$LOG" 2>&1 <<'PY' || {
 from array import array
 
 from sglang.srt.mem_cache.cpp_utils.native_hash import get_native_hash

@@ -35,7 +35,11 @@ def _unpinned(original: Any) -> Any:
 
 
 def transfer_kv_direct(
-    src_layers: list[Tensor], dst_layers: list[Tensor], src_indices: Tensor, dst_indices: Tensor, page_size: int
+    src_layers: list[Tensor],
+    dst_layers: list[Tensor],
+    src_indices: Tensor,
+    dst_indices: Tensor,
+    page_size: int,
 ) -> None:
     for source, target in zip(src_layers, dst_layers, strict=True):
         target[dst_indices] = source[src_indices]
