@@ -2,19 +2,21 @@
 
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kvbm.errors import UnsupportedEngineError
 
 OLDEST, NEWEST = (0, 5, 9), (0, 5, 23)
 
-# Where methods live that change weights, newest first.
+# Where a model's weights are changed, newest first.
 _WEIGHT_UPDATERS = (
-    "sglang.srt.managers.scheduler_components.weight_updater",
-    "sglang.srt.model_executor.model_runner_components.weight_updater",
-    "sglang.srt.managers.scheduler_update_weights_mixin",
+    "sglang.srt.model_executor.model_runner_components.weight_updater",  # 0.5.18 and later
     "sglang.srt.model_executor.model_runner",
+)
+_CACHE_CONTROLLERS = (
+    "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller",
+    "sglang.srt.managers.cache_controller",
 )
 
 
@@ -41,7 +43,7 @@ def server_args() -> Any:
     ):
         try:
             return getattr(importlib.import_module(module), getter)()
-        except (ImportError, AttributeError, ValueError, RuntimeError, AssertionError):
+        except Exception:  # each version says in its own way that there are none
             continue
     return None
 
@@ -57,14 +59,12 @@ def replica() -> int:
 
 def weight_updaters() -> Iterator[type]:
     """Classes with methods that change weights."""
-    for name in _WEIGHT_UPDATERS:
-        try:
-            module = importlib.import_module(name)
-        except ImportError:
-            continue
-        yield from (
-            value for value in vars(module).values() if isinstance(value, type) and value.__module__ == name
-        )
+    yield from _classes_in(_WEIGHT_UPDATERS, "")
+
+
+def cache_controllers() -> Iterator[type]:
+    """Classes whose `reset` empties SGLang's own tiers and what is on its way to a backend."""
+    yield from _classes_in(_CACHE_CONTROLLERS, "CacheController")
 
 
 def event_publisher(config: str, attn_dp_rank: int) -> tuple[Any, Any]:
@@ -81,6 +81,19 @@ def storage_metrics() -> Any:
         except (ImportError, AttributeError):
             continue
     return None
+
+
+def _classes_in(modules: Iterable[str], ending: str) -> Iterator[type]:
+    for name in modules:
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue
+        yield from (
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and value.__module__ == name and value.__name__.endswith(ending)
+        )
 
 
 def _name(version: tuple[int, ...]) -> str:

@@ -354,6 +354,7 @@ class KvbmLinker(UnifiedCacheLinker):
         for rid in list(self._held):
             self._let_go(rid)
         self.layer_done_counter.consumer_index = -1
+        weight_watch.flushed()
 
     def clear(self) -> None:
         """The weights have changed."""

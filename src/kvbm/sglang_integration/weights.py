@@ -1,68 +1,95 @@
-"""Stores are emptied when weights change: SGLang flushes its own tiers then and tells no backend of it.
+"""What was computed with other weights is not served: SGLang tells no backend that weights have changed.
 
-All methods that change weights are wrapped, in this process, where SGLang has them. While one runs the
-stores take and give nothing, and when the outermost has returned, with SGLang's queues flushed, they are
-cleared: what was computed with the old weights is not served.
+The methods that change weights, and the one with which SGLang empties its own tiers, are wrapped in this
+process, where SGLang has them. From a change on the stores take and give nothing, until SGLang has flushed:
+before that it may still store what the old weights computed. Then the stores are cleared.
 """
 
 import functools
 import logging
-import re
-import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from kvbm.sglang_integration import compat
 
 logger = logging.getLogger(__name__)
 
-_CHANGES = re.compile(
-    r"(update_weights_from|load_weights_from|receive_weights_from|(begin|end)_weight_update)"
+_CHANGES = (
+    *("update_weights_from_disk", "update_weights_from_tensor", "update_weights_from_ipc"),
+    *("update_weights_from_distributed", "load_weights_from_distributed", "begin_weight_update"),
 )
 
 
 class WeightWatch:
-    """Tells its watchers when weights change. `changing` is true meanwhile."""
+    """Clears its watchers when weights have changed. All but `changing` is used by one thread."""
 
     def __init__(self) -> None:
         self._watchers: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._depth = 0
-        self._lock = threading.Lock()
-        self._wrapped: set[type] = set()
-
-    @property
-    def changing(self) -> bool:
-        return self._depth > 0
+        self._wrapped = False
+        self.changing = False
+        """Weights have changed and SGLang has not flushed since. Read by any thread."""
 
     def add(self, watcher: Any) -> None:
         """Call `watcher.clear()` after each change of weights, as long as it lives."""
-        with self._lock:
-            for updater in set(compat.weight_updaters()) - self._wrapped:
-                names = [name for name, value in vars(updater).items() if callable(value)]
-                for name in filter(_CHANGES.match, names):
-                    setattr(updater, name, self._telling(getattr(updater, name)))
-                    self._wrapped.add(updater)
-            if not self._wrapped:
+        if not self._wrapped:
+            self._wrapped = True
+            changes = _wrap(compat.weight_updaters(), _CHANGES, before=self._begin)
+            _wrap(compat.weight_updaters(), ("end_weight_update",), after=self._end)
+            flushes = _wrap(compat.cache_controllers(), ("reset",), after=self.flushed)
+            if not changes or not flushes:
                 logger.warning(
                     "KVBM: this SGLang changes weights in a way that KVBM does not hear of: clear the "
                     "storage backend (POST /hicache/storage-backend/clear) after each change"
                 )
-            self._watchers.add(watcher)
+        self._watchers.add(watcher)
 
-    def _telling(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def flushed(self) -> None:
+        """SGLang has emptied its own tiers and queues."""
+        if self.changing:
+            self._clear()
+            self.changing = False
+
+    def _begin(self) -> None:
+        if not self.changing:
+            logger.info("KVBM: the weights change: nothing is cached until SGLang's cache has been flushed")
+        self.changing = True
+
+    def _end(self) -> None:
+        """The last of a session's changes; SGLang may have flushed before it."""
+        if not self.changing:
+            self._clear()
+
+    def _clear(self) -> None:
+        for watcher in list(self._watchers):
+            watcher.clear()
+
+
+def _wrap(
+    classes: Iterable[type],
+    names: tuple[str, ...],
+    before: Callable[[], None] | None = None,
+    after: Callable[[], None] | None = None,
+) -> int:
+    """Call `before` and `after` around the methods of these names; returns how many there are."""
+
+    def around(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
-        def told(*args: Any, **kwargs: Any) -> Any:
-            self._depth += 1
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if before is not None:
+                before()
             try:
                 return method(*args, **kwargs)
             finally:
-                if self._depth == 1:  # still: what comes from other threads is refused until they are empty
-                    for watcher in list(self._watchers):
-                        watcher.clear()
-                self._depth -= 1
+                if after is not None:
+                    after()
 
-        return told
+        return wrapped
+
+    found = [(owner, name) for owner in classes for name in names if name in vars(owner)]
+    for owner, name in found:
+        setattr(owner, name, around(vars(owner)[name]))
+    return len(found)
 
 
 weight_watch = WeightWatch()
