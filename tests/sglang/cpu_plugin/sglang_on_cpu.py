@@ -1,7 +1,7 @@
 """A plugin of SGLang with which HiCache runs where the "device" is a CPU.
 
-What SGLang's kernels do between device and host pool, indexing of torch does here. Tree, controller, host pools,
-threads and layouts are SGLang's own.
+What SGLang's kernels do between device and host pool, indexing of torch does here. Tree, controller, host
+pools, threads and layouts are SGLang's own.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ def _unpinned(original: Any) -> Any:
     return unpinned
 
 
-# ---- io backend "direct": tensors with a dimension of tokens; page-first ones are (pages, layers, tokens, ...)
+# ---- io backend "direct": layers are (tokens, ...), page-first tensors (pages, layers, tokens of a page, ...)
 
 
 def transfer_kv_direct(
@@ -66,8 +66,8 @@ def transfer_kv_all_layer_direct_lf_pf(
         target[dst_indices // page_size, i % layers, dst_indices % page_size] = source[src_indices]
 
 
-# ---- io backend "kernel": `item_size` bytes a token and layer; page-first tensors are (tokens, layers, ...), and
-# layers of the device come as addresses
+# ---- io backend "kernel": `item_size` bytes a token and layer; page-first tensors are (tokens, layers, ...); for
+# a backup layers come as addresses
 
 
 def transfer_kv_per_layer(

@@ -1,4 +1,4 @@
-"""Stands in for SGLang's kernels, of which there is no build for CPUs: all names are there, and raise if called.
+"""In place of SGLang's kernels, of which no build for CPUs exists: all names are there, and raise when called.
 
 A Llama with the attention of torch calls none.
 """
