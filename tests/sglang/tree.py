@@ -76,6 +76,10 @@ class Tree:
         **more: Any,
     ) -> None:
         """kvbm: settings, None for no backend. settings: of the engine. more: in the extra config, beside."""
+        backend: dict[str, Any] = {}
+        if kvbm is not None:
+            backend["hicache_storage_backend"] = "dynamic"
+            backend["hicache_storage_backend_extra_config"] = extra_config(pool, kvbm, **more)
         self._kit: Any = _Kit()
         self._pool = pool
         self._requests = 0
@@ -87,10 +91,6 @@ class Tree:
             page_size=PAGE,
             hicache_io_backend=pool.io,
             hicache_mem_layout=pool.layout,
-            hicache_storage_backend="dynamic" if kvbm is not None else None,
-            hicache_storage_backend_extra_config=extra_config(pool, kvbm, **more)
-            if kvbm is not None
-            else None,
             hicache_storage_prefetch_policy="wait_complete",
             **{"model_path": "dummy", **backend, **(settings or {})},
         )

@@ -31,7 +31,7 @@ def _unpinned(original: Any) -> Any:
     return unpinned
 
 
-# ---- io backend "direct": layers are (tokens, ...), page-first tensors (pages, layers, tokens of a page, ...)
+# ---- io backend "direct": layers are (tokens, ...), page-first tensors (pages, layers, tokens, ...)
 
 
 def transfer_kv_direct(
@@ -66,8 +66,8 @@ def transfer_kv_all_layer_direct_lf_pf(
         target[dst_indices // page_size, i % layers, dst_indices % page_size] = source[src_indices]
 
 
-# ---- io backend "kernel": `item_size` bytes a token and layer; page-first tensors are (tokens, layers, ...); for
-# a backup layers come as addresses
+# ---- io backend "kernel": `item_size` bytes a token and layer; page-first tensors are (tokens, layers, ...),
+# and for a backup layers come as addresses
 
 
 def transfer_kv_per_layer(

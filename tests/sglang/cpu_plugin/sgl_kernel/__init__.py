@@ -1,4 +1,4 @@
-"""In place of SGLang's kernels, of which no build for CPUs exists: all names are there, and raise when called.
+"""In place of SGLang's kernels, of which no build for CPUs exists: all names exist, and raise when called.
 
 A Llama with the attention of torch calls none.
 """
