@@ -164,6 +164,11 @@ class Tree:
         assert len(indices) % PAGE == 0
         return len(indices) // PAGE
 
+    def bytes_of(self, tokens: Tokens, page: int) -> bytes:
+        """Those of a page's first token in the first layer: they lie in a row in every layout."""
+        kv = self._kv_of(tokens)[0][page * PAGE]
+        return kv.contiguous().view(torch.uint8).numpy().tobytes()
+
     def load_anew(self, tokens: Tokens) -> int:
         self.forget()
         return self.load(tokens)
