@@ -59,6 +59,7 @@ def test_head_on_device_tail_on_host(tight: Engine, expect: Expect, prompts: Pro
     assert both.device_hits + both.external_hits == 9 * 32
 
 
+@pytest.mark.feature("Preemption")
 def test_preemption(tight: Engine, expect: Expect, prompts: Prompts) -> None:
     asks = [Ask(prompt, 40) for prompt in prompts.batch(410, [100, 90, 80, 120, 70, 110, 60, 95])]
     want = expect(asks)

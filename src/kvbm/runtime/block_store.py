@@ -1,6 +1,8 @@
 """Blocks of one rank by sequence hash, in host memory and on disk, where nobody decides for several ranks."""
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,8 @@ from kvbm.transfer.arena import HostArena, ensure_fits, slot_bytes
 from kvbm.transfer.copy import CopyEngine
 from kvbm.transfer.records import HostRecords
 
+logger = logging.getLogger(__name__)
+
 _COMPLETE, _REGISTERED = np.uint8(BlockState.COMPLETE), np.uint8(BlockState.REGISTERED)
 
 
@@ -35,6 +39,39 @@ class StoreStats:
     evicted: int
     corrupt: int
     disk: DiskStats | None = None
+
+    def __str__(self) -> str:
+        text = (
+            f"host {self.registered} of {self.capacity} blocks; stored {self.offloaded}, served "
+            f"{self.onboarded}, evicted {self.evicted}, damaged {self.corrupt}"
+        )
+        if self.disk is not None:
+            failed = sum(self.disk.failures.values())
+            text += (
+                f"; disk: written {self.disk.written_blocks}, read {self.disk.read_blocks}, failed {failed}"
+            )
+        return text
+
+
+class StatsLog:
+    """A line in the log when something has changed, at most every so many seconds."""
+
+    def __init__(self, store: "BlockStore", interval_s: float) -> None:
+        self._store = store
+        self._interval_s = interval_s
+        self._next = 0.0
+        self._last = ""
+
+    def tick(self) -> None:
+        """Called now and then, from any thread."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + self._interval_s
+        line = str(self._store.stats())
+        if line != self._last:
+            self._last = line
+            logger.info("KVBM: %s", line)
 
 
 class BlockStore:
@@ -110,6 +147,13 @@ class BlockStore:
         with self._lock:
             self.pool.release(slots)
 
+    def loaded(self, slots: Slots) -> int:
+        """Release slots whose bytes have reached where they were wanted; returns how many."""
+        with self._lock:
+            self.pool.release(slots)
+            self._onboarded += len(slots)
+        return len(slots)
+
     # ---- sequences ----
 
     def count(self, hashes: Hashes) -> int:
@@ -148,7 +192,7 @@ class BlockStore:
 
         slots = self._hold(hashes, wait=True)
         slots = self._keep_intact(slots, self.records.onboard(device_blocks[: len(slots)], slots))
-        return self._loaded(slots)
+        return self.loaded(slots)
 
     def get(self, hashes: Hashes, into: Sequence[NDArray[np.uint8]]) -> int:
         """The same into arrays of `record_bytes` bytes."""
@@ -156,7 +200,7 @@ class BlockStore:
         records = self.records.arena.records()
         for slot, target in zip(slots.tolist(), into, strict=False):
             target[:] = records[slot]
-        return self._loaded(slots)
+        return self.loaded(slots)
 
     # ---- the tiers ----
 
@@ -210,9 +254,7 @@ class BlockStore:
         new = np.flatnonzero(is_new)
         try:
             fill(new, slots[new])
-            with self._lock:
-                self._register(slots[new])
-                self._offloaded += len(new)
+            self.register(slots[new])
         finally:  # after an error the new blocks are unregistered, and released they are gone
             self.release(slots[slots >= 0])
         return _leading(slots >= 0)
@@ -238,15 +280,10 @@ class BlockStore:
             self._seen(slots[:count])
         return slots[:count]
 
-    def _loaded(self, slots: Slots) -> int:
-        with self._lock:
-            self.pool.release(slots)
-            self._onboarded += len(slots)
-        return len(slots)
-
     def _register(self, slots: Slots) -> None:
         slots = slots[self.pool.states(slots) == _COMPLETE]  # not withdrawn by a `clear` meanwhile
         self.pool.register(slots)
+        self._offloaded += len(slots)
         self._seen(slots)
 
     def _seen(self, slots: Slots) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
 
 from kvbm.errors import LayoutError
-from kvbm.runtime.block_store import BlockStore, StoreStats
+from kvbm.runtime.block_store import BlockStore, StatsLog, StoreStats
 from kvbm.runtime.exchange import Exchange
 from kvbm.sglang_integration import compat
 from kvbm.sglang_integration.events import publish_events
@@ -116,6 +116,7 @@ class KvbmStorage(HiCacheStorage):
             ranks=place.ranks,
             replica=place.replica,
         )
+        self._log = StatsLog(self._store, self._config.observe.log_interval_s)
         weight_watch.add(self)
         if self._kv_events is not None and place.rank == 0:
             self._end_events = publish_events(
@@ -157,6 +158,7 @@ class KvbmStorage(HiCacheStorage):
 
     @_or_miss(lambda keys: 0)
     def batch_exists(self, keys: Sequence[str], extra_info: Any = None) -> int:
+        self._log.tick()
         return self._running.count(hashes_of(keys))
 
     @_or_miss(lambda keys: [False] * len(keys))

@@ -32,7 +32,7 @@ from kvbm.logic.fetch import NO_SLOTS
 from kvbm.logic.hashing import Hashes
 from kvbm.logic.index import Slots
 from kvbm.logic.operations import Direction, Operation
-from kvbm.runtime.block_store import BlockStore
+from kvbm.runtime.block_store import BlockStore, StatsLog
 from kvbm.runtime.rank import make_copy_engine
 from kvbm.runtime.worker import Worker
 from kvbm.sglang_integration import compat
@@ -185,6 +185,7 @@ class KvbmLinker(UnifiedCacheLinker):
             replica=place.replica,
         )
         self._worker = Worker(self._store.records)
+        self._log = StatsLog(self._store, config.observe.log_interval_s)
         self._names = [(f"{layer}.k", f"{layer}.v") for layer in range(len(tensors) // 2)]
         weight_watch.add(self)
         if kv_events is not None and place.rank == 0:
@@ -272,7 +273,7 @@ class KvbmLinker(UnifiedCacheLinker):
             self._poll()
             time.sleep(_WAIT_S)
         for slots in load.slots:
-            self._store.release(slots)
+            (self._store.release if load.failed else self._store.loaded)(slots)
         return not load.failed
 
     def _before_layer(self, index: int, layer: int) -> None:
@@ -332,6 +333,7 @@ class KvbmLinker(UnifiedCacheLinker):
         if self._refused:
             return 0
         self._poll()
+        self._log.tick()
         return sum(1 for _ in itertools.takewhile(lambda task: task.done, self._offloads))
 
     def pop_completed_offload(self) -> bool:
