@@ -50,9 +50,9 @@ esac
 
 KEY=$({
     "$BASE/bin/python" -V
-    echo "${PACKAGES[@]}" "$ROOT"
+    echo "$ROOT"
     cat "$BASE/kvbm-engine.stamp"
-    find "$PLUGIN" -type f -not -name '*.pyc' -print0 | sort -z | xargs -0 cat
+    find "${BASH_SOURCE[0]}" "$PLUGIN" -type f -not -name '*.pyc' -print0 | sort -z | xargs -0 cat
 } | sha256sum)
 if [ "$(cat "$STAMP" 2>/dev/null)" = "$KEY" ]; then
     say "$VENV is ready"
