@@ -13,6 +13,7 @@ import pytest
 
 from tests.engine.conftest import DEFAULT_MODEL, TINY, write_weights
 
+Expect = Callable[[list[tuple[int, ...]]], list[list[int]]]
 ENV = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
@@ -29,16 +30,19 @@ else:
     os.environ.update(ENV)  # SGLang reads some of it when it is imported
 
 
-@pytest.fixture(scope="session")
-def keen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model of random weights, in which a wrong page changes the answers."""
-    folder = tmp_path_factory.mktemp("sglang") / "keen"
+def write_model(folder: Path, seed: int) -> Path:
+    """A small Llama of random weights, in which a wrong page changes the answers."""
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(DEFAULT_MODEL / name, folder)
     (folder / "config.json").write_text(json.dumps({**TINY, "tie_word_embeddings": False}))
-    write_weights(folder, seed=1)
+    write_weights(folder, seed)
     return folder
+
+
+@pytest.fixture(scope="session")
+def keen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("sglang") / "keen", seed=1)
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +55,6 @@ def plain(keen: Path) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def expect(plain: Any) -> Callable[[list[tuple[int, ...]]], list[list[int]]]:
+def expect(plain: Any) -> Expect:
     """What the prompts must be answered."""
     return lambda asks: plain.run(asks).tokens

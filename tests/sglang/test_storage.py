@@ -1,23 +1,17 @@
 """KVBM as a storage backend of a real SGLang engine: outputs, and where the KV of the prompts came from."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.engine.disk_tools import io_processes, kill_io
+from tests.sglang.conftest import Expect
 from tests.sglang.harness import Engine, Ran, storage
-from tests.sglang.prompts import Prompt, prompts, whole_pages
+from tests.sglang.prompts import TP2, Prompt, disk, prompts, whole_pages
 
-Expect = Callable[[list[Prompt]], list[list[int]]]
 ASKS = prompts(1, 600, 333, 47, 17, 5)
-TP2: dict[str, Any] = {"env": {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}, "tp_size": 2}
-
-
-def disk(folder: Path, **host: int) -> dict[str, Any]:
-    return {"host": host, "disk": {"num_blocks": 400, "dir": str(folder), "disable_filter": True}}
 
 
 def stored(engine: Engine, asks: list[Prompt], want: list[list[int]]) -> Ran:
