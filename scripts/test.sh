@@ -33,3 +33,8 @@ fi
 # Fast tests first: a mistake in the logic should not wait for an engine to start.
 python -m pytest tests/unit tests/property tests/storage tests/trtllm -m "not gpu and not engine"
 python -m pytest -m "engine and not gpu"
+# A real SGLang, in an environment of its own on top of this one.
+if grep -q ^cpu .venv/kvbm-engine.stamp; then
+    bash scripts/setup_sglang.sh
+    .venv-sglang/bin/python -m pytest tests/sglang
+fi

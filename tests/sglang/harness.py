@@ -86,7 +86,7 @@ class Engine(harness.Engine):
 
     def flush(self) -> None:
         """SGLang forgets what it has in device and host memory."""
-        self.call(_flush)
+        self.call(flush)
 
     def run_anew(self, prompts: Sequence[Sequence[int]], **more: Any) -> Ran:
         self.flush()
@@ -161,7 +161,7 @@ def _run(engine: Any, prompts: Sequence[Sequence[int]], max_tokens: int, more: d
     )
 
 
-def _flush(engine: Any) -> None:
+def flush(engine: Any) -> None:
     waiting = engine.tokenizer_manager.flush_cache(timeout_s=30)  # until nothing is being stored
     assert engine.loop.run_until_complete(waiting).success
 

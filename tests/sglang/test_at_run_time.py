@@ -1,13 +1,12 @@
 """What changes while SGLang runs: the storage backend, and the weights."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.sglang.conftest import Expect, write_model
-from tests.sglang.harness import Engine, extra_config, linker, storage
+from tests.sglang.harness import Engine, extra_config, flush, linker, storage
 from tests.sglang.prompts import disk, prompts
 from tests.sglang.router import TOPIC, Router
 from tests.sglang.test_linker import stored as stored_by_linker
@@ -15,14 +14,19 @@ from tests.sglang.test_storage import stored
 
 ASKS = prompts(50, 400, 200)
 
+# In the engine's process. SGLang refuses these while it has requests, and that is so for a moment after their
+# answers: `flush` waits for the end of it.
+
 
 def attach(engine: Any, config: str) -> tuple[bool, str]:
+    flush(engine)
     answer = engine.tokenizer_manager.attach_hicache_storage("dynamic", config, "wait_complete")
     out = engine.loop.run_until_complete(answer)
     return out.success, out.message
 
 
 def detach(engine: Any) -> bool:
+    flush(engine)
     return engine.loop.run_until_complete(engine.tokenizer_manager.detach_hicache_storage()).success
 
 
@@ -31,23 +35,18 @@ def clear(engine: Any) -> bool:
 
 
 def update_weights(engine: Any, folder: str) -> bool:
+    flush(engine)
     return engine.update_weights_from_disk(folder)[0]
 
 
-@pytest.fixture(scope="module")
-def without_backend(keen: Path) -> Iterator[Engine]:
+def test_attached_cleared_and_detached(keen: Path, expect: Expect, tmp_path: Path) -> None:
+    want = expect(ASKS)
     options = storage({})
     for name in ("hicache_storage_backend", "hicache_storage_backend_extra_config"):
         del options[name]
-    with Engine(keen, **options) as engine:
-        yield engine
-
-
-def test_attached_cleared_and_detached(without_backend: Engine, expect: Expect, tmp_path: Path) -> None:
-    engine, want = without_backend, expect(ASKS)
     address = f"ipc://{tmp_path}/events"
     config = extra_config(disk(tmp_path), kv_events={"endpoint": address, "topic": TOPIC})
-    with Router(address) as router:
+    with Engine(keen, **options) as engine, Router(address) as router:
         assert engine.run(ASKS).tokens == want
         ok, message = engine.call(attach, extra_config({"disk": {"size_gb": 3}}))
         assert not ok
