@@ -158,8 +158,8 @@ def test_reset_right_after_generate(engine: Engine, expect: Expect, prompts: Pro
 def test_reset_while_requests_run(engine: Engine, expect: Expect, prompts: Prompts, connector: bool) -> None:
     asks = [Ask(prompt, 20) for prompt in prompts.batch(190 if connector else 180, [105, 150, 60, 200])]
     want = expect(asks)
-    engine.call(scenarios.slow, "offload", 0.05)
-    got = engine.call(scenarios.run_with_resets, asks, [1, 3, 9], connector)
+    engine.call(scenarios.slow, "offload", 0.3)
+    got = engine.call(scenarios.run_with_resets, asks, [2, 4, 10], connector)
     engine.call(scenarios.restore)
     assert got["results"] == [True] * 3
     assert got["running"] > 0

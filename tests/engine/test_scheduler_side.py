@@ -12,6 +12,7 @@ from kvbm.logic.hashing import SequenceHasher, root_hash
 from kvbm.logic.operations import Completion, Direction, Failure, Operation
 from kvbm.runtime.leader import Leader
 from kvbm.runtime.messages import StepOrders, WorkerReport
+from kvbm.vllm_integration import scheduler as scheduler_module
 from kvbm.vllm_integration.scheduler import SchedulerSide
 
 BLOCK = 4
@@ -49,9 +50,12 @@ class Scheduler:
     in_step: of each rank, whether its worker can load inside a step.
     """
 
-    def __init__(self, v2: bool = False, ranks: int = 1, in_step: Sequence[bool] = ()) -> None:
-        config = load_config(environ={}, host__num_blocks=SLOTS)
-        self.leader = Leader(config, namespace=NAMESPACE, block_size=BLOCK, num_slots=SLOTS, ranks=ranks)
+    def __init__(
+        self, v2: bool = False, ranks: int = 1, in_step: Sequence[bool] = (), slots: int = SLOTS
+    ) -> None:
+        config = load_config(environ={}, host__num_blocks=slots)
+        self.slots = slots
+        self.leader = Leader(config, namespace=NAMESPACE, block_size=BLOCK, num_slots=slots, ranks=ranks)
         self.side = SchedulerSide(self.leader, BLOCK)
         self.pool = FakeBlockPool()
         self.side.bind_block_pool(self.pool)
@@ -62,7 +66,7 @@ class Scheduler:
 
     def report_of(self, rank: int, completions: Sequence[Completion] = ()) -> WorkerReport:
         return WorkerReport(
-            rank, SLOTS, SLOTS, loads_in_step=self.in_step[rank], completions=list(completions)
+            rank, self.slots, self.slots, loads_in_step=self.in_step[rank], completions=list(completions)
         )
 
     def admit(self, request: Any, blocks: list[int], device_hit: int = 0) -> int:
@@ -107,6 +111,11 @@ class Scheduler:
             request.num_computed_tokens += count
         return orders
 
+    def run(self, scheduled: dict[Any, int], *, new: tuple[Any, ...]) -> StepOrders:
+        """A step, and the next, which computes nothing: what the first has computed goes with it."""
+        assert self.step(scheduled, new=new).operations == []
+        return self.step()
+
     def report(
         self, operation: Operation, failed: bool = False, rank: int = 0, quiesced: bool = True
     ) -> None:
@@ -124,10 +133,10 @@ class Scheduler:
         for request in requests:
             blocks = list(range(40, 40 + -(-request.num_tokens // BLOCK)))
             assert self.admit(request, blocks) == 0
-            for operation in self.step({request: request.num_tokens}, new=(request,)).operations:
-                self.report(operation)
+            self.step({request: request.num_tokens}, new=(request,))
             self.side.finish(request, [blocks])
-            self.step()
+            for operation in self.step().operations:
+                self.report(operation)
 
     def pinned(self) -> int:
         return int(self.leader.pool.pins(np.arange(SLOTS)).sum())
@@ -190,20 +199,21 @@ def decode(request: FakeRequest, tokens: int = 1) -> None:
 def test_chunked_prefill_and_decode() -> None:
     scheduler, request = Scheduler(), make_request(tokens=10)
     assert scheduler.admit(request, [5, 6]) == 0
-    assert scheduler.stored(scheduler.step({request: 6}, new=(request,)), request) == {0: 5}
-    assert scheduler.stored(scheduler.step({request: 4}, blocks={"r": [9]}), request) == {1: 6}
+    assert scheduler.step({request: 6}, new=(request,)).operations == []
+    assert scheduler.stored(scheduler.step({request: 4}, blocks={"r": [9]}), request) == {0: 5}
     decode(request)
-    assert scheduler.stored(scheduler.step({request: 1}), request) == {}
+    assert scheduler.stored(scheduler.step({request: 1}), request) == {1: 6}
     decode(request)
-    scheduler.step({request: 1})
-    decode(request)  # 13 tokens: block 2 is full and computed in the last step
-    assert scheduler.stored(scheduler.step({request: 1}, blocks={"r": [3]}), request) == {2: 9}
+    assert scheduler.step({request: 1}).operations == []
+    decode(request)  # 13 tokens: block 2 is full and computed by now
+    assert scheduler.step({request: 1}, blocks={"r": [3]}).operations == []
+    assert scheduler.stored(scheduler.step(), request) == {2: 9}
 
 
 def test_blocks_in_flight_are_not_matched() -> None:
     scheduler, request = Scheduler(), make_request(tokens=10)
     scheduler.admit(request, [5, 6, 7])
-    (operation,) = scheduler.step({request: 10}, new=(request,)).operations
+    (operation,) = scheduler.run({request: 10}, new=(request,)).operations
     assert scheduler.visible(request) == 0
     scheduler.report(operation)
     assert scheduler.visible(request) == 2
@@ -212,7 +222,7 @@ def test_blocks_in_flight_are_not_matched() -> None:
 def test_all_ranks_must_have_written() -> None:
     scheduler, request = Scheduler(ranks=2), make_request(tokens=10)
     scheduler.admit(request, [5, 6, 7])
-    (operation,) = scheduler.step({request: 10}, new=(request,)).operations
+    (operation,) = scheduler.run({request: 10}, new=(request,)).operations
     scheduler.report(operation, rank=0)
     assert scheduler.visible(request) == 0
     scheduler.report(operation, rank=0)  # twice the same is not both
@@ -224,7 +234,7 @@ def test_all_ranks_must_have_written() -> None:
 def test_a_rank_that_failed_withdraws_the_block() -> None:
     scheduler, request = Scheduler(ranks=2), make_request(tokens=10)
     scheduler.admit(request, [5, 6, 7])
-    (operation,) = scheduler.step({request: 10}, new=(request,)).operations
+    (operation,) = scheduler.run({request: 10}, new=(request,)).operations
     scheduler.report(operation, rank=1)
     scheduler.report(operation, rank=0, failed=True)
     assert scheduler.visible(request) == 0
@@ -234,7 +244,7 @@ def test_nothing_is_stored_while_a_load_is_under_way() -> None:
     """vLLM counts the tokens of a load as computed when it starts."""
     scheduler, first = Scheduler(), make_request("a", tokens=13)
     scheduler.admit(first, [5, 6, 7, 8])
-    (operation,) = scheduler.step({first: 13}, new=(first,)).operations
+    (operation,) = scheduler.run({first: 13}, new=(first,)).operations
     scheduler.report(operation)
     scheduler.side.finish(first, [[5, 6, 7, 8]])
 
@@ -260,7 +270,7 @@ def test_resumed_after_preemption(v2: bool, same_step: bool) -> None:
     """
     scheduler, request = Scheduler(v2), make_request(tokens=10)
     scheduler.admit(request, [5, 6, 7])
-    (operation,) = scheduler.step({request: 10}, new=(request,)).operations
+    (operation,) = scheduler.run({request: 10}, new=(request,)).operations
     scheduler.report(operation)
     decode(request)
 
@@ -294,7 +304,7 @@ def test_resumed_without_host_hit(v2: bool, same_step: bool) -> None:
     """The offload under way is given up with the device blocks, and is done again from the new ones."""
     scheduler, request = Scheduler(v2), make_request(tokens=10)
     scheduler.admit(request, [5, 6, 7])
-    (lost,) = scheduler.step({request: 10}, new=(request,)).operations
+    (lost,) = scheduler.run({request: 10}, new=(request,)).operations
     decode(request)
 
     request.num_computed_tokens = 0
@@ -323,6 +333,70 @@ def test_resumed_without_host_hit(v2: bool, same_step: bool) -> None:
     assert stored == {0: 21, 1: 22, 2: 23}
 
 
+def test_what_was_computed_in_a_step_before_a_preemption_is_not_stored() -> None:
+    """Its device blocks are given to others in the step with whose orders it would be."""
+    scheduler, request = Scheduler(), make_request(tokens=10)
+    scheduler.admit(request, [5, 6, 7])
+    scheduler.step({request: 10}, new=(request,))
+    other = make_request("other", tokens=10, first=5000)
+    request.num_computed_tokens = 0
+    scheduler.admit(other, [5, 6, 7])
+    assert scheduler.step({other: 10}, new=(other,), preempted=(request,)).operations == []
+    assert scheduler.stored(scheduler.step(), other) == {0: 5, 1: 6}
+    assert scheduler.visible(request) == 0
+
+
+def test_what_is_being_loaded_is_not_stored() -> None:
+    """Of a request that was preempted and is admitted again, in one step."""
+    scheduler, request = Scheduler(), make_request(tokens=13)
+    scheduler.admit(request, [5, 6, 7, 8])
+    (operation,) = scheduler.run({request: 13}, new=(request,)).operations
+    scheduler.report(operation)
+    decode(request, 4)
+    scheduler.step({request: 4}, blocks={"r": [9]})
+    other = make_request("other", tokens=13)
+    assert scheduler.admit(other, [31, 32, 33, 34]) == 3 * BLOCK
+    request.num_computed_tokens = 0
+    assert scheduler.admit(request, [11, 12, 13, 14, 15]) == 3 * BLOCK
+    # What the host has turns out to be damaged before the step is planned.
+    scheduler.leader._planner.drop(scheduler.leader.pool.find(hashes_of(request)[:3]))
+    orders = scheduler.step(preempted=(request,))
+    assert [operation.direction for operation in orders.operations] == [Direction.ONBOARD] * 2
+
+
+def hashed(scheduler: Scheduler, request: Any) -> int:
+    hasher = scheduler.leader.hasher(request.request_id)
+    assert hasher is not None
+    return len(hasher)
+
+
+def test_before_a_step_only_as_much_is_named_as_the_answer_needs() -> None:
+    scheduler = Scheduler(slots=2048)
+    look = scheduler_module._FIRST_LOOK
+    prompt = make_request("a", tokens=6 * look * BLOCK + 1)
+    assert scheduler.side.match(prompt, 0) == (0, False)
+    assert hashed(scheduler, prompt) == look
+    scheduler.side.allocated(prompt, [list(range(6 * look + 1))], 0)
+    scheduler.step({prompt: prompt.num_tokens}, new=(prompt,))
+    assert hashed(scheduler, prompt) == look
+    operations = scheduler.step().operations
+    assert sum(len(each.host_slots) for each in operations) == hashed(scheduler, prompt) == 6 * look
+    for operation in operations:
+        scheduler.report(operation)
+
+    everything = make_request("b", tokens=prompt.num_tokens)
+    assert scheduler.side.match(everything, 0) == (6 * look * BLOCK, True)
+    beside = make_request("c", tokens=prompt.num_tokens)
+    for block in (look - 1, look, 2 * look, 3 * look + 1):
+        part = make_request(f"{block}", tokens=prompt.num_tokens)
+        part.all_token_ids[block * BLOCK] = 1
+        assert scheduler.side.match(part, 0) == (block * BLOCK, block > 0)
+        assert block < hashed(scheduler, part) <= 2 * block + look
+    # All on the device but the last token: nothing is asked, nothing named.
+    assert scheduler.side.match(beside, 6 * look * BLOCK) == (0, False)
+    assert hashed(scheduler, beside) == 0
+
+
 def test_finish_holds_the_blocks_that_offloads_read() -> None:
     scheduler, request = Scheduler(), make_request(tokens=12)
     scheduler.admit(request, [5, 6, 7])
@@ -338,7 +412,7 @@ def test_finish_holds_the_blocks_that_offloads_read() -> None:
 def test_reset_is_possible_while_offloads_read() -> None:
     scheduler, request = Scheduler(), make_request(tokens=12)
     scheduler.admit(request, [5, 6, 7])
-    orders = scheduler.step({request: 12}, new=(request,))
+    orders = scheduler.run({request: 12}, new=(request,))
     scheduler.side.finish(request, [[5, 6, 7]])
     assert scheduler.pool.reset_prefix_cache()
     assert scheduler.step().cancel == [operation.id for operation in orders.operations]
@@ -352,7 +426,7 @@ def test_reset_is_possible_after_a_load_timed_out_on_the_same_blocks() -> None:
     """What a stuck load holds, and gives back, is not taken for what offloads hold."""
     scheduler, first = Scheduler(), make_request("a", tokens=9)
     scheduler.admit(first, [5, 6, 7])
-    (operation,) = scheduler.step({first: 9}, new=(first,)).operations
+    (operation,) = scheduler.run({first: 9}, new=(first,)).operations
     scheduler.report(operation)
     scheduler.side.finish(first, [[5, 6, 7]])
     for operation in scheduler.step().operations:
@@ -370,7 +444,7 @@ def test_reset_is_possible_after_a_load_timed_out_on_the_same_blocks() -> None:
 
     third = make_request("c", tokens=9, first=5000)
     scheduler.admit(third, [11, 12, 13])
-    scheduler.step({third: 9}, new=(third,))
+    scheduler.run({third: 9}, new=(third,))
     scheduler.side.finish(third, [[11, 12, 13]])
     assert scheduler.pool.in_use() == {11: 1, 12: 1}
     assert scheduler.pool.reset_prefix_cache()
@@ -390,7 +464,7 @@ def test_prompt_logprobs_are_not_loaded_but_stored() -> None:
     """vLLM 0.30 and older ask the connector even for requests that must be computed whole."""
     scheduler, request = Scheduler(), make_request(tokens=12)
     scheduler.admit(request, [5, 6, 7])
-    (operation,) = scheduler.step({request: 12}, new=(request,)).operations
+    (operation,) = scheduler.run({request: 12}, new=(request,)).operations
     scheduler.report(operation)
     whole = make_request("whole", tokens=12)
     whole.skip_reading_prefix_cache = True
@@ -414,7 +488,7 @@ def test_in_step_only_where_all_ranks_can(can: tuple[bool, bool], offered: bool)
     scheduler = Scheduler(ranks=2, in_step=can)
     first, second = make_request("a"), make_request("b")
     scheduler.admit(first, [5, 6, 7])
-    for operation in scheduler.step({first: 10}, new=(first,)).operations:
+    for operation in scheduler.run({first: 10}, new=(first,)).operations:
         scheduler.report(operation, rank=0)
         scheduler.report(operation, rank=1)
     scheduler.side.finish(first, [[5, 6, 7]])
@@ -466,13 +540,13 @@ def test_load_in_step_behind_blocks_on_the_device() -> None:
     assert load.host_slots.tolist() == scheduler.leader.pool.find(hashes_of(request)).tolist()[1:]
 
 
-def test_what_a_request_computes_behind_its_load_is_stored_from_the_same_step() -> None:
+def test_what_a_request_computes_behind_its_load_is_stored() -> None:
     scheduler, request = Scheduler(in_step=(True,)), make_request("b", tokens=18)
     scheduler.store(make_request("a", tokens=9))
     assert scheduler.admit(request, [11, 12, 13, 14, 15]) == 2 * BLOCK
     orders = scheduler.step({request: 10}, new=(request,))
-    assert [operation.in_step for operation in orders.operations] == [True, False]
-    assert scheduler.stored(orders, request) == {2: 13, 3: 14}
+    assert [operation.in_step for operation in orders.operations] == [True]
+    assert scheduler.stored(scheduler.step(), request) == {2: 13, 3: 14}
 
 
 def test_the_second_request_of_a_step_waits_for_its_load() -> None:
@@ -610,6 +684,7 @@ def test_a_request_that_is_offered_nothing_is_computed() -> None:
     scheduler.store(make_request("a", tokens=BLOCK))
     assert scheduler.admit(request, [11]) == 0
     orders = scheduler.step({request: BLOCK}, new=(request,))
+    orders.operations += scheduler.step().operations
     assert orders.operations == []  # nothing to load, and the host has what it computes
     assert scheduler.pinned() == 1
     scheduler.side.finish(request, [[11]])
@@ -622,7 +697,9 @@ def test_the_completion_of_a_load_in_step_releases_its_pins() -> None:
     assert scheduler.pinned() == 0
     scheduler.admit(request, [11, 12, 13])
     (load,) = scheduler.step({request: 2}, new=(request,)).operations
-    assert scheduler.pinned() == 2 + 2  # of the load, and of the request that uses the blocks
+    assert scheduler.pinned() == 2  # of the load
+    assert scheduler.step().operations == []
+    assert scheduler.pinned() == 2 + 2  # and of the request that uses the blocks
     assert scheduler.leader.stats.onboarded_blocks == 0
     scheduler.report(load)
     assert scheduler.pinned() == 2
@@ -682,7 +759,7 @@ def test_all_ranks_must_have_loaded_in_step() -> None:
     scheduler = Scheduler(ranks=2, in_step=(True, True))
     first, second = make_request("a"), make_request("b")
     scheduler.admit(first, [5, 6, 7])
-    for operation in scheduler.step({first: 10}, new=(first,)).operations:
+    for operation in scheduler.run({first: 10}, new=(first,)).operations:
         scheduler.report(operation, rank=0)
         scheduler.report(operation, rank=1)
     scheduler.side.finish(first, [[5, 6, 7]])
@@ -718,7 +795,8 @@ def test_blocks_computed_from_a_failed_load_in_step_do_not_become_visible() -> N
     scheduler, request = Scheduler(in_step=(True,)), make_request("b", tokens=18)
     scheduler.store(make_request("a", tokens=9))
     scheduler.admit(request, [11, 12, 13, 14, 15])
-    load, offload = scheduler.step({request: 10}, new=(request,)).operations
+    (load,) = scheduler.step({request: 10}, new=(request,)).operations
+    (offload,) = scheduler.step().operations  # planned before the load is reported
     assert (load.in_step, offload.device_blocks.tolist()) == (True, [13, 14])
     scheduler.report(load, failed=True)
     # vLLM computes the request again from the first block that failed, in the same device blocks.

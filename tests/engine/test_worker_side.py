@@ -1,5 +1,6 @@
 """The connector's half on a worker with the calls that vLLM's model runner makes, and no engine."""
 
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -59,7 +60,7 @@ class Model:
         return [bool(cache[list(blocks)].equal(self.stored[name])) for name, cache in self.caches.items()]
 
     def end(self) -> Snapshot:
-        self.side.start_offloads()
+        self.side.end_loads()
         return self.side.snapshot()
 
 
@@ -112,39 +113,33 @@ def test_layers_that_nobody_asked_for_are_there_after_the_step(model: Model) -> 
     assert model.arrived(4, 6) == [True, True, True]
 
 
-def test_offloads_of_the_step_come_after_the_load(model: Model) -> None:
-    """And a step that failed half-way leaves nothing behind."""
+def test_offloads_come_before_the_load(model: Model) -> None:
+    """They read what earlier steps computed. And a step that failed half-way leaves nothing behind."""
     model.begin(load(), offload())
+    assert [operation.id for operation in model.side._orders.operations] == [7]
     model.side.start_loads(by_layer=True)
-    assert [operation.id for operation in model.side._orders.operations] == [8]
     model.begin()  # the forward pass has raised: the next step comes
     assert model.arrived(4, 6) == [True, True, True]
     assert model.side._in_step == []
-    assert model.side._orders.operations == []
 
 
-def waiting(model: Model) -> list[int]:
-    return [operation.id for operation in model.side._orders.operations]
-
-
-def test_offloads_leave_the_sampled_tokens_first(model: Model) -> None:
-    """The device copies them with the next step, also if that computes nothing."""
-    model.begin(offload())
-    model.side.start_loads()
-    model.end()
-    assert waiting(model) == [8]
-    model.begin()
-    assert waiting(model) == []
-    model.side.begin(StepOrders([offload()], tokens=0))
-    assert waiting(model) == []
-
-
-def test_threads_offload_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Model(monkeypatch, checksum=True)
-    model.begin(offload())
-    model.side.start_loads()
-    model.end()
-    assert waiting(model) == []
+@pytest.mark.parametrize("threads", [False, True])
+def test_what_a_step_overwrites_is_given_up(monkeypatch: pytest.MonkeyPatch, threads: bool) -> None:
+    """Its offload is ordered with that step, or was with one before."""
+    model = Model(monkeypatch, checksum=threads)
+    held = threading.Event()
+    monkeypatch.setattr(model.engine, "offload", lambda *_: held.wait(20.0))
+    model.engine.never_over = True
+    model.side.begin(StepOrders([offload()], cancel=[8], tokens=1))
+    held.set()
+    model.engine.never_over = False
+    done: list[tuple[int, int, Failure]] = []
+    for _ in range(1000):
+        done += completions(model)
+        if done:
+            break
+        time.sleep(0.005)
+    assert done == [(8, 1, Failure.CANCELLED)]
 
 
 def test_a_load_that_was_never_started_is_started_before_the_next_step(model: Model) -> None:

@@ -69,7 +69,7 @@ class Model:
     def step(self, *operations: Operation, tokens: int = 1, **orders: Any) -> WorkerReport | None:
         self.side.begin(StepOrders(list(operations), tokens=tokens, **orders))
         self.side.start_loads()
-        self.side.start_offloads()
+        self.side.end_loads()
         self.side.snapshot()
         return self.side.report()
 

@@ -12,7 +12,7 @@ class StepOrders:
 
     operations: list[Operation] = field(default_factory=list)
     cancel: list[int] = field(default_factory=list)  # operations whose device blocks are being reused
-    tokens: int = 0  # that the model computes in this step: offloads wait for it
+    tokens: int = 0  # that the model computes in this step
     timed: bool = False  # how long that takes is of interest: rank 0 tells when it is over
     forget: list[int] = field(default_factory=list)  # disk slots whose records must not be found again
     forget_all: bool = False

@@ -220,12 +220,12 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
             self.worker_side.before_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing per layer: blocks are offloaded whole, after the forward pass."""
+        """Nothing per layer: blocks are offloaded whole, with the next step."""
 
     @_never_raises(lambda: None)
     def wait_for_save(self) -> None:
         if self.worker_side is not None:
-            self.worker_side.start_offloads()
+            self.worker_side.end_loads()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         self._take_snapshot()

@@ -24,6 +24,9 @@ from kvbm.vllm_integration.stats import StatsSource
 
 logger = logging.getLogger(__name__)
 
+_NOTHING: Mapping[str, int] = {}
+_FIRST_LOOK = 64  # blocks that are named before the cache is first asked for them
+
 
 class SchedulerSide:
     """Every method is called by vLLM's scheduler, on its thread, and returns at once.
@@ -50,6 +53,7 @@ class SchedulerSide:
         self._loading: set[str] = set()  # waiting for their load
         # Whom the engine is busy with: of the last step, and already chosen for the one being made.
         self._running: set[str] = set()
+        self._grown: list[str] = []  # whose new blocks the last step computes: stored with the next
         self._block_pool: Any = None
         self._held: Counter[int] = Counter()  # device blocks that offloads of finished requests read
         self._events_mode = events_mode
@@ -76,14 +80,13 @@ class SchedulerSide:
         leader = self.leader
         if leader is None or not self._follow(request) or num_computed_tokens % self._block_size:
             return 0, False
-        self._hash(request)
         first = num_computed_tokens // self._block_size
         if request.skip_reading_prefix_cache:
             leader.answered(request.request_id, 0, 0, 0, "the request asks not to read the cache")
             return 0, False
         # A step has to compute at least one token, and a whole block costs it no more.
         useful = max(0, (request.num_tokens - 1) // self._block_size - first)
-        blocks = leader.match(request.request_id, first, useful)
+        blocks = self._ask(leader, request, first, useful)
         if blocks is None:
             return None, False
         # An engine that has nothing else to do may as well start on the request while it is loaded. All
@@ -92,6 +95,23 @@ class SchedulerSide:
         in_step = leader.loads_in_step and self._groups.single and not self._running and not self._loading
         self._offered[request.request_id] = (first, useful, in_step)
         return blocks * self._block_size, blocks > 0 and not in_step
+
+    def _ask(self, leader: Leader, request: Any, first: int, useful: int) -> int | None:
+        """How many of the `useful` blocks from `first` on can be loaded, or None: see the leader's.
+
+        The engine waits meanwhile: what comes behind the first block that nobody has is named later.
+        """
+        if self._events is not None or leader.disk is not None or not self._groups.single:
+            self._hash(request)
+        look = max(_FIRST_LOOK, len(leader.hasher(request.request_id) or ()) - first)
+        while True:
+            asked = min(look, useful)
+            if asked:
+                self._hash(request, first + asked)
+            blocks = leader.match(request.request_id, first, asked)
+            if asked == useful or blocks != asked:
+                return blocks
+            look *= 2
 
     def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], num_external_tokens: int) -> None:
         """vLLM gave the request `block_ids`, all of each group; num_external_tokens are ours to load."""
@@ -142,28 +162,36 @@ class SchedulerSide:
         )
         return True
 
-    def _hash(self, request: Any) -> None:
-        """Hash the full blocks among the tokens known so far."""
+    def _hash(self, request: Any, blocks: int | None = None) -> None:
+        """Hash the full blocks among the tokens known so far, or only the first `blocks` of them."""
         hasher = self.leader.hasher(request.request_id) if self.leader else None
-        if hasher is None or request.num_tokens - hasher.num_tokens < self._block_size:
+        end = request.num_tokens if blocks is None else min(request.num_tokens, blocks * self._block_size)
+        if hasher is None or end - hasher.num_tokens < self._block_size:
             return
         first = len(hasher)
-        hasher.extend(request.all_token_ids[hasher.num_tokens :], self._extra_keys[request.request_id])
+        hasher.extend(request.all_token_ids[hasher.num_tokens : end], self._extra_keys[request.request_id])
         if self._events is not None:
             self._events.note(request, hasher, first)
 
     # ---- a step ----
 
     def build_orders(self, scheduler_output: Any) -> StepOrders:
-        """Plan what this step's blocks need; the orders go to all ranks with the step."""
+        """Plan what this step's blocks need; the orders go to all ranks with the step.
+
+        What the step computes is stored with the orders of the next: the device gets this one without delay.
+        """
         leader = self.leader
         if leader is None:
             return StepOrders()
         leader.tick()
         if self._held and leader.off_reason is not None:
             self._release_held()
+        grown, self._grown = self._grown, []
         for id_ in scheduler_output.preempted_req_ids or ():
             leader.preempt(id_)
+        if grown:  # vLLM counts what is being loaded as computed
+            leader.store(self._computed([id_ for id_ in grown if id_ not in self._loading]))
+        orders = leader.take_orders(scheduler_output.total_num_scheduled_tokens)
         changed = [new.req_id for new in scheduler_output.scheduled_new_reqs]
         cached = scheduler_output.scheduled_cached_reqs
         # A running request gets a block when the one before is full: all others have nothing to offload.
@@ -174,12 +202,15 @@ class SchedulerSide:
                 if id_ not in cached.resumed_req_ids:  # their table came with `allocated`
                     leader.extend_table(id_, *self._tables(new_blocks))
         self._running = set(scheduler_output.num_scheduled_tokens)
-        if self._groups.single:
-            if changed:
-                leader.store(self._computed(changed, scheduler_output.num_scheduled_tokens))
-        else:
+        if not self._groups.single:  # of some groups vLLM gives up blocks with the next step
             self._store_passing(changed, scheduler_output)
-        return leader.take_orders(scheduler_output.total_num_scheduled_tokens)
+            return orders
+        self._grown = changed
+        if self._events is not None:  # vLLM's events of these blocks may come before the next step
+            for id_ in changed:
+                if id_ in self._requests:
+                    self._hash(self._requests[id_])
+        return orders
 
     def _store_passing(self, changed: list[str], scheduler_output: Any) -> None:
         """Store where vLLM gives up blocks, of groups that need only the last ones, before a request ends."""
@@ -201,8 +232,10 @@ class SchedulerSide:
             computed = self._computed(list(passing), scheduler_output.num_scheduled_tokens)
             self._hold(self.leader.store(computed, passing))
 
-    def _computed(self, request_ids: Sequence[str], num_scheduled: dict[str, int]) -> list[tuple[str, int]]:
-        """Blocks of each request that are full, known and computed at the end of this step."""
+    def _computed(
+        self, request_ids: Sequence[str], num_scheduled: Mapping[str, int] = _NOTHING
+    ) -> list[tuple[str, int]]:
+        """Blocks of each request that are full, known and computed, with what is scheduled now."""
         computed = []
         for id_ in request_ids:
             request = self._requests.get(id_)

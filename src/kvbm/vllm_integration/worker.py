@@ -102,20 +102,22 @@ class WorkerSide:
     # ---- a step ----
 
     def begin(self, orders: StepOrders) -> None:
-        """Before the step's blocks are overwritten: give up copies that would read them too late."""
+        """Before the step's blocks are overwritten: store what earlier steps computed.
+
+        The copies come behind all that the device was given so far, also the copy of the sampled tokens: that
+        would wait for them, and a request for its token. What the step overwrites is given up.
+        """
         # A step that failed half-way may have left some behind: the leader waits for their completion.
         self.start_loads()
-        self.start_offloads()
-        self._submit(Direction.OFFLOAD)  # what the last step has computed, where the device copies by itself
+        self.end_loads()
         self._orders = orders
+        self._submit(Direction.OFFLOAD)
         if self._worker is not None:
-            self._worker.cancel(orders.cancel)
+            self._worker.cancel(orders.cancel)  # may name what was ordered and given up in one step
             if orders.forget or orders.forget_all:
                 self._worker.forget_on_disk(np.array(orders.forget, np.int32), orders.forget_all)
         self._timed = orders.timed and self._rank == 0
         self._computes = orders.tokens > 0
-        if not self._computes:
-            self._submit(Direction.OFFLOAD)  # vLLM before 0.31 does not call wait_for_save then
 
     def start_loads(self, *, by_layer: bool = False) -> None:
         """by_layer: the forward pass that follows calls `before_layer`."""
@@ -133,18 +135,11 @@ class WorkerSide:
         for load in self._in_step:
             load.before_layer(name)
 
-    def start_offloads(self) -> None:
-        """After the forward pass that computes the blocks.
-
-        A device that copies by itself gets them with the next step, behind the copy of the tokens that were
-        sampled: that would wait for them, and the request for its token.
-        """
-        if self._in_step:  # whatever comes next may write to the blocks
-            for load in self._in_step:
-                load.before_all()
-            self._in_step = []
-        if self._worker is None or not self._worker.loads_in_step:
-            self._submit(Direction.OFFLOAD)
+    def end_loads(self) -> None:
+        """After the forward pass: whatever comes next may write to the blocks that it read."""
+        for load in self._in_step:
+            load.before_all()
+        self._in_step = []
 
     def _take(self, wanted: Callable[[Operation], bool]) -> list[Operation]:
         operations = self._orders.operations
@@ -172,7 +167,6 @@ class WorkerSide:
             return
         try:
             self._worker.submit(chosen)
-            self._worker.cancel(self._orders.cancel)  # may name what was ordered and given up in one step
         except Exception:  # a fence of a broken device: the engine must hear of loads that will not happen
             logger.exception("KVBM: %d operations could not be started", len(chosen))
             self._lost += [
