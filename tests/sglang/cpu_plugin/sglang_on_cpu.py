@@ -13,8 +13,9 @@ from torch import Tensor
 
 def activate() -> None:
     """Called by SGLang in each of its processes."""
-    from sglang.srt.mem_cache.pool_host import mha
+    from sglang.srt.mem_cache.pool_host import base, mha
 
+    base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 0  # 10 GB; a test's pool has one, where others run beside it
     for operation in _OPERATIONS:
         setattr(mha, operation.__name__, operation)
     pool: Any = mha.MHATokenToKVPoolHost
