@@ -46,8 +46,8 @@ _PRELOAD = [
     "kvbm.sglang_integration.hicache",
     "kvbm.sglang_integration.linker",
 ]
-_context: Any = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(_PRELOAD)
+context: Any = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(_PRELOAD)
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,11 @@ class Engine(harness.Engine):
         self._start({**ENV, **(env or {})}, str(model), {**OPTIONS, **options})
 
     def _start(self, env: dict[str, str], model: str | None, options: dict[str, Any]) -> None:
-        self._connection, theirs = _context.Pipe()
+        self._connection, theirs = context.Pipe()
         file, name = tempfile.mkstemp(prefix="sglang-test-", suffix=".log")
         os.close(file)
         self._log = Path(name)
-        self._process = _context.Process(
-            target=_child, args=(theirs, name, env, model, options), daemon=False
-        )
+        self._process = context.Process(target=_child, args=(theirs, name, env, model, options), daemon=False)
         self._process.start()
         theirs.close()
         self._sent, self._received = 1, 0  # the child reports that it is ready
@@ -167,16 +165,7 @@ def flush(engine: Any) -> None:
 
 
 def _child(connection: Any, log: str, env: dict[str, str], model: str, options: dict[str, Any]) -> None:
-    os.setpgrp()
-    file = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    environ = clean_environ(env)
-    os.environ.clear()
-    os.environ.update(environ)
-    _let_sglang_fork()
+    become_engine(log, env)
     try:
         engine = importlib.import_module("sglang").Engine(model_path=model, **options)
     except BaseException:
@@ -201,6 +190,16 @@ def _receive(connection: Any) -> Any:
         return None
 
 
-def _let_sglang_fork() -> None:
+def become_engine(log: str, env: dict[str, str]) -> None:
+    """Of a process that was forked for it: its own group, log and environment; SGLang may fork, too."""
+    os.setpgrp()
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    environ = clean_environ(env)
+    os.environ.clear()
+    os.environ.update(environ)
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda *_, **__: None

@@ -1,5 +1,7 @@
 """What changes while SGLang runs: the storage backend, and the weights."""
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from tests.sglang.conftest import Expect, write_model
 from tests.sglang.harness import Engine, extra_config, flush, linker, storage
 from tests.sglang.prompts import disk, prompts
 from tests.sglang.router import TOPIC, Router
+from tests.sglang.server import Server
 from tests.sglang.test_linker import stored as stored_by_linker
 from tests.sglang.test_storage import stored
 
@@ -65,6 +68,44 @@ def test_attached_cleared_and_detached(keen: Path, expect: Expect, tmp_path: Pat
         assert engine.call(attach, config)[0]
         ran = stored(engine, ASKS, want)
     assert ran.host == [0, 0]
+
+
+def test_over_http(keen: Path) -> None:
+    """As in docs/sglang.md."""
+    options = storage({})
+    for name in ("hicache_storage_backend", "hicache_storage_backend_extra_config"):
+        del options[name]
+    backend = {
+        "hicache_storage_backend": "dynamic",
+        "hicache_storage_backend_extra_config_json": extra_config({"host": {"num_blocks": 100}}),
+    }
+    ask = {"input_ids": list(ASKS[0]), "sampling_params": {"temperature": 0, "max_new_tokens": 4}}
+    path = "/hicache/storage-backend"
+    with Server(keen, **options) as server:
+
+        def until_ok(method: str, path: str, body: dict[str, Any] | None = None) -> str:
+            """SGLang refuses these for a moment after an answer."""
+            end = time.monotonic() + 20
+            while (answer := server.ask(method, path, body))[0] != 200:
+                assert time.monotonic() < end, answer
+            return answer[1]
+
+        def cached() -> dict[str, Any]:
+            until_ok("POST", "/flush_cache")
+            told = json.loads(server.ask("POST", "/generate", ask)[1])["meta_info"]
+            return told["cached_tokens_details"] or {}
+
+        assert cached() == {}
+        until_ok("PUT", path, backend)
+        assert '"class_name\\": \\"KvbmStorage' in until_ok("GET", path)
+        end = time.monotonic() + 20
+        while (told := cached()).get("storage") != 384:
+            assert time.monotonic() < end, told
+        assert told["storage_backend"] == "KvbmStorage"
+        until_ok("POST", f"{path}/clear")
+        assert cached().get("storage", 0) == 0
+        until_ok("DELETE", path)
+        assert "storage" not in cached()
 
 
 @pytest.mark.parametrize("way", ["storage", "linker"])
