@@ -63,6 +63,22 @@ def size_of(number: int, files: int, num_slots: int, stride: int) -> int:
     return PAGE + stride * (num_slots // files + (number < num_slots % files))
 
 
+def rank_folder(replica: Path, rank: int, ranks: int) -> Path:
+    """Where a rank's files lie in the folder of its engine: each number of ranks has its own."""
+    return replica / (f"rank-{rank}-of-{ranks}" if ranks > 1 else f"rank-{rank}")
+
+
+def numbers_of_ranks(folder: Path) -> list[int]:
+    """Of all that have stored something beside a rank's folder, those first that did so last."""
+    found = {}
+    for index in folder.parent.glob("rank-0*/index.kvbm"):
+        number = index.parent.name.removeprefix("rank-0").removeprefix("-of-") or "1"
+        if number.isdecimal() and rank_folder(folder.parent, 0, int(number)) == index.parent:
+            with contextlib.suppress(OSError):
+                found[int(number)] = index.stat().st_mtime_ns
+    return sorted(found, key=found.__getitem__, reverse=True)
+
+
 def ensure_room(folders: Sequence[Path], num_slots: int, stride: int, min_free_bytes: int) -> None:
     """Make the folders; CapacityError where they can't be made or their drives lack the room.
 
@@ -122,9 +138,20 @@ def lies_in_memory(folder: Path) -> bool:
 
 
 class Containers:
-    """The open files. Those of another size or geometry are made anew; StorageError where that fails."""
+    """The open files. Those of another size or geometry are made anew; StorageError where that fails.
 
-    def __init__(self, folders: Sequence[Path], num_slots: int, slot_bytes: int, how: Allocation) -> None:
+    read_only: nothing is changed, and files that are not as they should be are a StorageError.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        num_slots: int,
+        slot_bytes: int,
+        how: Allocation,
+        *,
+        read_only: bool = False,
+    ) -> None:
         self.stride = stride_of(slot_bytes)
         self.num_slots = num_slots
         self.kept = True  # all files are those of an earlier run
@@ -135,10 +162,11 @@ class Containers:
         self.fds: list[int] = []
         self._folders = folders
         self._how = how
+        self._read_only = read_only
         paths = paths_of(folders)
         path = paths[0]
         try:
-            for path in set(_files_in(folders)) - set(paths):
+            for path in set() if read_only else set(_files_in(folders)) - set(paths):
                 path.unlink()
             for number, path in enumerate(paths):
                 size = size_of(number, len(paths), num_slots, self.stride)
@@ -179,6 +207,8 @@ class Containers:
 
     def _open(self, path: Path, title: bytes, size: int) -> int:
         if not _is_intact(path, title, size):
+            if self._read_only:
+                raise FileNotFoundError(errno.ENOENT, "it is missing or of another size")
             self.kept = False
             self.foreign |= _is_foreign(path, self.stride)
             # A new file takes the name when it is whole: a crash leaves the old one or none.
@@ -187,7 +217,7 @@ class Containers:
             self._make(fresh, title, size)
             os.replace(fresh, path)
         self.sparse |= path.stat().st_blocks * 512 < size
-        flags = os.O_RDWR | os.O_CLOEXEC
+        flags = (os.O_RDONLY if self._read_only else os.O_RDWR) | os.O_CLOEXEC
         if self.direct:
             try:
                 return self._open_direct(path, flags)
@@ -201,7 +231,9 @@ class Containers:
         try:
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
             with mmap.mmap(-1, PAGE) as page:
-                if os.preadv(fd, [page], 0) != PAGE or os.pwritev(fd, [page], 0) != PAGE:
+                if os.preadv(fd, [page], 0) != PAGE or (
+                    not self._read_only and os.pwritev(fd, [page], 0) != PAGE
+                ):
                     raise OSError(errno.EIO, "a page could not be read and written whole")
         except OSError:
             os.close(fd)
