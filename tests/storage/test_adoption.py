@@ -5,6 +5,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from kvbm.storage.containers import Allocation, rank_folder
 from kvbm.storage.disk_store import DiskStore
 from kvbm.storage.file_io import PosixFileIo
 from kvbm.storage.index_file import ENTRY, State, checks
+from kvbm.storage.process import Channel
 from kvbm.storage.split import Part, Split
 from kvbm.storage.store import Bytes, Identity
 from tests.storage.harness import NAMESPACE, Host, digest, key, number_of
@@ -336,6 +338,16 @@ def test_it_takes_a_minute_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(adoption, "_PATIENCE_S", 0.0)
     with ranks_of(tmp_path, 2) as engine:
         assert [rank.found for rank in engine] == [{}, {}]
+
+
+def test_an_engine_that_ended_is_noticed_before_its_requests_are_read() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channel = Channel(ours)
+    assert channel.is_open()
+    theirs.send(b"a request that waits")
+    assert channel.is_open()
+    theirs.close()
+    assert not channel.is_open()
 
 
 @pytest.mark.parametrize("writes", [1, 4, 7])
