@@ -27,24 +27,23 @@ def test_what_one_stores_two_load_and_back(keen: Path, tmp_path: Path, prompts: 
         by_one = one.call(disk.store, asks).tokens
     assert len({tuple(tokens) for tokens in by_one}) == len(asks)  # the answers depend on the prompt
     damage(folder / "rank-0")
-
     with Engine(keen, kvbm={}, env=env, **TWO) as two:
         found = two.call(disk.wait_ready)
-        assert found.recovered == 3 + 5 + 8 - 1
-        plain = two.call(disk.compute, [*asks, *later])
+        assert (found.recovered, found.written) == (3 + 5 + 8 - 1, 0)
         got = two.call(disk.from_disk, asks)
-        assert got.tokens == plain[:3]
-        print("by one", by_one, "by two", plain)
-        print(got.read, got.onboarded, got.disk_after)
+        assert got.tokens == two.call(disk.compute, asks)
+        # Of the prompt with the damaged block what comes before it is a hit, of the others all is.
+        lost = 3 + 5 + 8 - got.onboarded
+        assert 1 <= lost <= 8
+        assert got.read == got.onboarded
+        assert got.disk_after.failures == {}
         two.call(disk.store, later)
     assert sorted(path.name for path in folder.iterdir()) == ["rank-0", "rank-0-of-2", "rank-1-of-2"]
-
     with Engine(keen, kvbm={}, env=env, **SMALL) as one:
-        found = one.call(disk.wait_ready)
-        plain = one.call(disk.compute, later)
+        assert one.call(disk.wait_ready).recovered == 3 + 5 + 8 + 4 + 6
         got = one.call(disk.from_disk, later)
-        print(found, got.read, got.onboarded, got.disk_after)
-        assert got.tokens == plain
+        assert got.tokens == one.call(disk.compute, later)
+        assert got.read == got.onboarded == 4 + 6
 
 
 def damage(folder: Path) -> None:

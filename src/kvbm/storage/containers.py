@@ -111,11 +111,17 @@ def ensure_room(folders: Sequence[Path], num_slots: int, stride: int, min_free_b
     for folder in folders:
         device = folder.stat().st_dev
         if needed[device] + min_free_bytes > free[device]:
+            others = sorted({str(path.parent) for path in _files_of_other_splits(folder)})
             raise CapacityError(
                 f"The disk cache needs {needed[device] / 1e9:.2f} GB in {folder} and leaves "
                 f"{min_free_bytes / 1e9:.2f} GB free, but only {free[device] / 1e9:.2f} GB are to be had. "
                 f"Lower DYN_KVBM_DISK_CACHE_GB (or KVBM_DISK_MIN_FREE_GB), or name another directory with "
                 f"DYN_KVBM_DISK_CACHE_DIR."
+                + (
+                    f" Or delete what another number of ranks has stored: {' '.join(others)}"
+                    if others
+                    else ""
+                )
             )
 
 
@@ -123,6 +129,13 @@ def _files_in(folders: Sequence[Path]) -> Iterator[Path]:
     """All container files, half-made ones and those of other numbers of folders among them."""
     for folder in dict.fromkeys(folders):
         yield from folder.glob("records-*")
+
+
+def _files_of_other_splits(folder: Path) -> Iterator[Path]:
+    """Container files of other numbers of ranks beside those of a rank's folder."""
+    for path in folder.parent.glob("rank-*/records-*"):
+        if path.parent.name.partition("-of-")[2] != folder.name.partition("-of-")[2]:
+            yield path
 
 
 def lies_in_memory(folder: Path) -> bool:
