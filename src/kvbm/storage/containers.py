@@ -111,17 +111,13 @@ def ensure_room(folders: Sequence[Path], num_slots: int, stride: int, min_free_b
     for folder in folders:
         device = folder.stat().st_dev
         if needed[device] + min_free_bytes > free[device]:
-            others = sorted({str(path.parent) for path in _files_of_other_splits(folder)})
+            others = " ".join(sorted({str(path.parent) for path in _files_of_other_splits(folder)}))
+            advice = f" Or delete what another number of ranks has stored: {others}" if others else ""
             raise CapacityError(
                 f"The disk cache needs {needed[device] / 1e9:.2f} GB in {folder} and leaves "
                 f"{min_free_bytes / 1e9:.2f} GB free, but only {free[device] / 1e9:.2f} GB are to be had. "
                 f"Lower DYN_KVBM_DISK_CACHE_GB (or KVBM_DISK_MIN_FREE_GB), or name another directory with "
-                f"DYN_KVBM_DISK_CACHE_DIR."
-                + (
-                    f" Or delete what another number of ranks has stored: {' '.join(others)}"
-                    if others
-                    else ""
-                )
+                f"DYN_KVBM_DISK_CACHE_DIR.{advice}"
             )
 
 

@@ -259,7 +259,7 @@ class WorkerSide:
         if config.has_disk and exchange is None:
             split = find_split(*own)
             if isinstance(split, str):
-                logger.info("KVBM: records on disk are for %d ranks only: %s", shape.ranks, split)
+                logger.info("KVBM: what other numbers of ranks store on disk is not taken over: %s", split)
             else:
                 heads = split
 
