@@ -207,12 +207,12 @@ def test_two_ranks(keen: Path, tmp_path: Path, prompts: Prompts, expect_keen: Ex
         assert got.at_rest
         assert len(disk.io_processes(engine)) == 2
     folder = tmp_path / "disk" / "kvbm-0"
-    assert sorted(path.name for path in folder.iterdir()) == ["rank-0", "rank-1"]
+    assert sorted(path.name for path in folder.iterdir()) == ["rank-0-of-2", "rank-1-of-2"]
     # Two ranks add up in another order than one, so this says little, but that they compute the same model.
     assert [tokens[:1] for tokens in want] == [tokens[:1] for tokens in expect_keen(asks)()]
 
     # One rank lost a block.
-    entries = np.memmap(folder / "rank-1" / "index.kvbm", ENTRY, "r+", 4096)
+    entries = np.memmap(folder / "rank-1-of-2" / "index.kvbm", ENTRY, "r+", 4096)
     entries[np.flatnonzero(entries["state"] == State.STORED)[0]] = 0
     entries.flush()
     with Engine(keen, kvbm={}, env=env, **options) as engine:

@@ -136,5 +136,5 @@ def test_the_number_of_device_blocks_does_not_matter(engine: Engine) -> None:
     digests = []
     for blocks in (BLOCKS, 3 * BLOCKS):
         tensor = caches(blocks)["layer0"]
-        digests.append(weights._tensor("layer0", tensor, Geometry(4, 384, blocks, 1)))
+        digests.append(weights._tensor("layer0", tensor, Geometry(4, 384, blocks, 1), None))
     assert digests[0] == digests[1]

@@ -290,6 +290,12 @@ def test_ensure_room_says_what_is_lacking(tmp_path: Path) -> None:
         ensure_room([tmp_path / "a"], free // 8192 + 100, 8192, 0)
     with pytest.raises(CapacityError, match=r"Lower DYN_KVBM_DISK_CACHE_GB \(or KVBM_DISK_MIN_FREE_GB\)"):
         ensure_room([tmp_path / "a"], 10, 8192, free)
+    # What another number of ranks holds there may be deleted; what this one holds counts as room.
+    for name in ("rank-0-of-2", "rank-1-of-4", "rank-0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "records-00.kvbm").touch()
+    with pytest.raises(CapacityError, match=f"stored: {tmp_path}/rank-0 {tmp_path}/rank-1-of-4$"):
+        ensure_room([tmp_path / "rank-1-of-2"], 10, 8192, free)
     # The drive of both has to hold both halves.
     with pytest.raises(CapacityError, match="needs"):
         ensure_room([tmp_path / "a", tmp_path / "c"], int(1.5 * free) // 8192, 8192, 0)

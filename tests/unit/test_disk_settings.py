@@ -110,7 +110,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_it_is_told_of_the_arena_and_the_rank(start: Any, tmp_path: Path) -> None:
     options = start(disk__dir=str(tmp_path))
     assert options == Options(
-        folders=[str(tmp_path / "kvbm-0" / "rank-1")],
+        folders=[str(tmp_path / "kvbm-0" / "rank-1-of-2")],
         namespace=b"n" * 16,
         rank=1,
         ranks=2,
@@ -137,7 +137,7 @@ def test_settings_reach_it(start: Any, tmp_path: Path) -> None:
         disk__allocator="open-direct",
         disk__min_free_gb=0.25,
     )
-    assert options.folders == [f"{tmp_path}/{name}/kvbm-3/rank-1" for name in "ab"]
+    assert options.folders == [f"{tmp_path}/{name}/kvbm-3/rank-1-of-2" for name in "ab"]
     assert (options.threads, options.zerofill_fallback) == (3, True)
     assert (options.o_direct, options.open_direct, options.min_free_bytes) == (False, True, 250_000_000)
 
@@ -145,7 +145,7 @@ def test_settings_reach_it(start: Any, tmp_path: Path) -> None:
 def test_a_folder_in_memory_is_said(start: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     start(disk__dir=f"{tmp_path}/shm:{tmp_path}/drive")
     assert caplog.text.count("lies in memory") == 1
-    assert "shm/kvbm-0/rank-1" in caplog.text
+    assert "shm/kvbm-0/rank-1-of-2" in caplog.text
 
 
 def test_a_backend_that_is_not_installed(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

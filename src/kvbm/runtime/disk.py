@@ -17,8 +17,9 @@ from kvbm.logic.index import Slots
 from kvbm.logic.policies import load_policy
 from kvbm.logic.pool import BlockPool
 from kvbm.storage.client import StorageClient
-from kvbm.storage.containers import ensure_room, lies_in_memory, stride_of
+from kvbm.storage.containers import ensure_room, lies_in_memory, rank_folder, stride_of
 from kvbm.storage.messages import Options
+from kvbm.storage.split import Split
 from kvbm.transfer.arena import HostArena, slot_bytes
 
 logger = logging.getLogger(__name__)
@@ -127,8 +128,11 @@ def start_storage(
     rank: int,
     ranks: int,
     replica: int = 0,
+    split: Split | None = None,
 ) -> StorageClient:
     """A rank's half: its I/O process. namespace: of this rank's records, 16 bytes.
+
+    split: then the namespace is that of any number of ranks, and what others have stored is taken over.
 
     replica: number of the engine among those of one deployment (data parallelism), for its own folder.
     CapacityError or ConfigError where the settings ask for what this machine does not have.
@@ -140,7 +144,9 @@ def start_storage(
             f"KVBM_DISK_BACKEND=posix."
         )
     folders = [
-        Path(folder) / f"kvbm-{replica}" / f"rank-{rank}" for folder in disk.dir.split(":") if folder.strip()
+        rank_folder(Path(folder) / f"kvbm-{replica}", rank, ranks)
+        for folder in disk.dir.split(":")
+        if folder.strip()
     ]
     min_free = int(disk.min_free_gb * 1e9)
     ensure_room(folders, num_slots, stride_of(arena.slot_bytes), min_free)
@@ -163,5 +169,6 @@ def start_storage(
         o_direct=not disk.disable_o_direct,
         open_direct=disk.allocator == "open-direct",
         min_free_bytes=min_free,
+        split=split,
     )
     return StorageClient(options, arena.fd)

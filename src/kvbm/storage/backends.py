@@ -1,10 +1,12 @@
 """The storage that the settings name."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvbm.storage.adoption import Adoption
 from kvbm.storage.containers import Allocation
 from kvbm.storage.disk_store import DiskStore
 from kvbm.storage.file_io import FileIo, PosixFileIo
@@ -15,8 +17,8 @@ from kvbm.storage.store import Identity, RecordStore
 _LOCK_PATIENCE_S = 10.0
 
 
-def open_store(options: Options, memory: NDArray[np.uint8]) -> RecordStore:
-    """StorageError or OSError where it can't be opened."""
+def open_store(options: Options, memory: NDArray[np.uint8], alive: Callable[[], bool]) -> RecordStore:
+    """StorageError or OSError where it can't be opened. alive: see `Adoption`."""
     return DiskStore(
         [Path(folder) for folder in options.folders],
         Identity(options.namespace, options.record_bytes, options.rank, options.ranks),
@@ -29,6 +31,7 @@ def open_store(options: Options, memory: NDArray[np.uint8]) -> RecordStore:
         ),
         threads=options.threads,
         patience_s=_LOCK_PATIENCE_S,
+        adoption=Adoption(options.split, alive) if options.split is not None else None,
     )
 
 

@@ -63,6 +63,22 @@ def size_of(number: int, files: int, num_slots: int, stride: int) -> int:
     return PAGE + stride * (num_slots // files + (number < num_slots % files))
 
 
+def rank_folder(replica: Path, rank: int, ranks: int) -> Path:
+    """Where a rank's files lie in the folder of its engine: each number of ranks has its own."""
+    return replica / (f"rank-{rank}-of-{ranks}" if ranks > 1 else f"rank-{rank}")
+
+
+def numbers_of_ranks(folder: Path) -> list[int]:
+    """Of all that have stored something beside a rank's folder, those first that did so last."""
+    found = {}
+    for index in folder.parent.glob("rank-0*/index.kvbm"):
+        number = index.parent.name.removeprefix("rank-0").removeprefix("-of-") or "1"
+        if number.isdecimal() and rank_folder(folder.parent, 0, int(number)) == index.parent:
+            with contextlib.suppress(OSError):
+                found[int(number)] = index.stat().st_mtime_ns
+    return sorted(found, key=found.__getitem__, reverse=True)
+
+
 def ensure_room(folders: Sequence[Path], num_slots: int, stride: int, min_free_bytes: int) -> None:
     """Make the folders; CapacityError where they can't be made or their drives lack the room.
 
@@ -95,11 +111,13 @@ def ensure_room(folders: Sequence[Path], num_slots: int, stride: int, min_free_b
     for folder in folders:
         device = folder.stat().st_dev
         if needed[device] + min_free_bytes > free[device]:
+            others = " ".join(sorted({str(path.parent) for path in _files_of_other_splits(folder)}))
+            advice = f" Or delete what another number of ranks has stored: {others}" if others else ""
             raise CapacityError(
                 f"The disk cache needs {needed[device] / 1e9:.2f} GB in {folder} and leaves "
                 f"{min_free_bytes / 1e9:.2f} GB free, but only {free[device] / 1e9:.2f} GB are to be had. "
                 f"Lower DYN_KVBM_DISK_CACHE_GB (or KVBM_DISK_MIN_FREE_GB), or name another directory with "
-                f"DYN_KVBM_DISK_CACHE_DIR."
+                f"DYN_KVBM_DISK_CACHE_DIR.{advice}"
             )
 
 
@@ -107,6 +125,13 @@ def _files_in(folders: Sequence[Path]) -> Iterator[Path]:
     """All container files, half-made ones and those of other numbers of folders among them."""
     for folder in dict.fromkeys(folders):
         yield from folder.glob("records-*")
+
+
+def _files_of_other_splits(folder: Path) -> Iterator[Path]:
+    """Container files of other numbers of ranks beside those of a rank's folder."""
+    for path in folder.parent.glob("rank-*/records-*"):
+        if path.parent.name.partition("-of-")[2] != folder.name.partition("-of-")[2]:
+            yield path
 
 
 def lies_in_memory(folder: Path) -> bool:
@@ -122,9 +147,20 @@ def lies_in_memory(folder: Path) -> bool:
 
 
 class Containers:
-    """The open files. Those of another size or geometry are made anew; StorageError where that fails."""
+    """The open files. Those of another size or geometry are made anew; StorageError where that fails.
 
-    def __init__(self, folders: Sequence[Path], num_slots: int, slot_bytes: int, how: Allocation) -> None:
+    read_only: nothing is changed, and files that are not as they should be are a StorageError.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        num_slots: int,
+        slot_bytes: int,
+        how: Allocation,
+        *,
+        read_only: bool = False,
+    ) -> None:
         self.stride = stride_of(slot_bytes)
         self.num_slots = num_slots
         self.kept = True  # all files are those of an earlier run
@@ -135,10 +171,11 @@ class Containers:
         self.fds: list[int] = []
         self._folders = folders
         self._how = how
+        self._read_only = read_only
         paths = paths_of(folders)
         path = paths[0]
         try:
-            for path in set(_files_in(folders)) - set(paths):
+            for path in set() if read_only else set(_files_in(folders)) - set(paths):
                 path.unlink()
             for number, path in enumerate(paths):
                 size = size_of(number, len(paths), num_slots, self.stride)
@@ -179,6 +216,8 @@ class Containers:
 
     def _open(self, path: Path, title: bytes, size: int) -> int:
         if not _is_intact(path, title, size):
+            if self._read_only:
+                raise FileNotFoundError(errno.ENOENT, "it is missing or of another size")
             self.kept = False
             self.foreign |= _is_foreign(path, self.stride)
             # A new file takes the name when it is whole: a crash leaves the old one or none.
@@ -187,7 +226,7 @@ class Containers:
             self._make(fresh, title, size)
             os.replace(fresh, path)
         self.sparse |= path.stat().st_blocks * 512 < size
-        flags = os.O_RDWR | os.O_CLOEXEC
+        flags = (os.O_RDONLY if self._read_only else os.O_RDWR) | os.O_CLOEXEC
         if self.direct:
             try:
                 return self._open_direct(path, flags)
@@ -201,7 +240,9 @@ class Containers:
         try:
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
             with mmap.mmap(-1, PAGE) as page:
-                if os.preadv(fd, [page], 0) != PAGE or os.pwritev(fd, [page], 0) != PAGE:
+                if os.preadv(fd, [page], 0) != PAGE or (
+                    not self._read_only and os.pwritev(fd, [page], 0) != PAGE
+                ):
                     raise OSError(errno.EIO, "a page could not be read and written whole")
         except OSError:
             os.close(fd)

@@ -18,14 +18,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from kvbm.errors import DamagedRecordError, StorageError
+from kvbm.storage.adoption import Adoption, Target
 from kvbm.storage.containers import Allocation, Containers
 from kvbm.storage.file_io import FileIo, PosixFileIo
 from kvbm.storage.index_file import IndexFile, State
-from kvbm.storage.record import HEADER_BYTES, Header, decode_header, encode_header
+from kvbm.storage.record import (
+    HEADER_BYTES,
+    Header,
+    check_record,
+    decode_header,
+    encode_header,
+    record_digest,
+)
 from kvbm.storage.store import Bytes, Found, Identity, Key, RecordStore
 
 logger = logging.getLogger(__name__)
@@ -38,7 +45,7 @@ class DiskStore(RecordStore):
     """Records in container files of `folders`, the first of which also has the index. Each has a lock.
 
     memory: the arena that records are read into and written from. patience_s: how long a lock that another
-    process holds is waited for; then StorageError.
+    process holds is waited for; then StorageError. adoption: of what other numbers of ranks have stored.
     """
 
     def __init__(
@@ -53,8 +60,11 @@ class DiskStore(RecordStore):
         how: Allocation | None = None,
         threads: int = 16,
         patience_s: float = 0.0,
+        adoption: Adoption | None = None,
     ) -> None:
         self.num_slots = num_slots
+        self._folders = folders
+        self._adoption = adoption
         self._identity = identity
         self._io = io or PosixFileIo()
         self._how = how or Allocation()
@@ -90,7 +100,7 @@ class DiskStore(RecordStore):
             self._io.sync(fd)
         if not self._containers.kept:
             foreign = self._containers.foreign
-            self.clear()
+            self._begin_epoch(self._epoch + 1)
         elif index.unknown or index.epoch < self._epoch:  # the latter: the power went during a clearing
             logger.warning(
                 "the index is missing or damaged: reading the headers of %d records", self.num_slots
@@ -104,6 +114,8 @@ class DiskStore(RecordStore):
         doubtful = np.append(index.torn, np.flatnonzero(index.entries["state"] == State.PENDING))
         if len(doubtful):
             self._resolve(doubtful)
+        if self._adoption is not None:
+            self._adopt(self._adoption)
         entries = index.entries
         self._sequence = int(entries["sequence"].max(initial=0)) + 1
         slots = np.flatnonzero(entries["state"] == State.STORED)
@@ -116,15 +128,18 @@ class DiskStore(RecordStore):
         return Found(slots[unique].astype(np.int32), hashes[unique], entries["group"][unique], foreign)
 
     def write(self, slot: int, key: Key, record: Bytes, checksum: int | None = None) -> None:
-        if not self._room:
-            raise StorageError("the drive has reached its free-space floor")
+        self._require_room()
         epoch = self._epoch  # a clearing from here on is one of this record too
-        digest = self._digest(record)
+        digest = record_digest(record, self._identity)
         if checksum is not None and digest != checksum:
             raise DamagedRecordError("the record changed in host memory since it was written there")
         with self._lock:
             self._sequence += 1
             header = Header(key, slot, epoch, self._sequence, int(time.time()), digest)
+        self._write(header, record)
+
+    def _write(self, header: Header, record: Bytes) -> None:
+        slot = header.slot
         self._index.pending(slot, header)
         fd, offset = self._containers.place(slot)
         with self._pages.one() as page:
@@ -139,12 +154,7 @@ class DiskStore(RecordStore):
         fd, offset = self._containers.place(slot)
         with self._pages.one() as page:
             self._io.read(fd, offset, [page, record])
-            header = decode_header(page, self._identity)
-        if (header.key, header.slot, header.epoch) != (key, slot, self._epoch):
-            raise DamagedRecordError("it is another block's")
-        if self._digest(record) != header.checksum:
-            raise DamagedRecordError("its checksum is wrong")
-        return header.checksum
+            return check_record(page, record, self._identity, key, slot, self._epoch).checksum
 
     def discard(self, slot: int) -> None:
         self._index.free(slot)
@@ -154,8 +164,12 @@ class DiskStore(RecordStore):
             self._io.write(fd, offset, [page])
 
     def clear(self) -> None:
+        # At least the time: what was stored before must not come back from another number of ranks.
+        self._begin_epoch(max(self._epoch + 1, int(time.time())))
+
+    def _begin_epoch(self, epoch: int) -> None:
         with self._lock:
-            self._epoch += 1
+            self._epoch = epoch
             self._written = []
             # The moment when all that was there is gone, whatever the index says or is lost.
             with self._pages.one() as page:
@@ -187,8 +201,29 @@ class DiskStore(RecordStore):
 
     # ---- inside ----
 
-    def _digest(self, record: Bytes) -> int:
-        return xxhash.xxh3_64_intdigest(record[: self._identity.record_bytes].data)
+    def _require_room(self) -> None:
+        if not self._room:
+            raise StorageError("the drive has reached its free-space floor")
+
+    def _adopt(self, adoption: Adoption) -> None:
+        def write(slot: int, key: Key, sequence: int, written_at: int, record: Bytes) -> None:
+            self._require_room()
+            digest = record_digest(record, self._identity)
+            self._write(Header(key, slot, self._epoch, sequence, written_at, digest), record)
+
+        slot_bytes = self._containers.stride - HEADER_BYTES
+        adoption.run(
+            Target(
+                self._folders,
+                self._identity,
+                self._how,
+                slot_bytes,
+                self._index.entries,
+                self._epoch,
+                write,
+                self.commit,
+            )
+        )
 
     def _scan(self, slots: Sequence[int]) -> list[Header]:
         """Headers of those slots that have a plausible one."""

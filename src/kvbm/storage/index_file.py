@@ -9,6 +9,7 @@ file is missing or damaged, the headers are read instead: all of them, or those 
 import os
 import struct
 import threading
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
@@ -117,34 +118,21 @@ class IndexFile:
     # ---- inside ----
 
     def _load(self) -> None:
-        title = os.pread(self._fd, PAGE, 0)
-        if not title:
+        if not os.fstat(self._fd).st_size:
             self.unknown = True  # perhaps it was deleted to have the headers scanned
             return
-        size = _TITLE.size
-        if len(title) < PAGE or xxhash.xxh3_64_intdigest(title[:size]) != _CHECK.unpack_from(title, size)[0]:
+        title = _read_title(self._fd)
+        if title is None:
             self.unknown = True
             return
-        magic, form, *fields, epoch = _TITLE.unpack_from(title)
-        self.epoch = epoch
-        identity = self._identity
-        if (magic, form) != (_MAGIC, FORMAT) or fields != [
-            identity.rank,
-            identity.ranks,
-            identity.record_bytes,
-            len(self.entries),
-            identity.namespace,
-        ]:
+        identity, num_slots, self.epoch = title
+        if identity != self._identity or num_slots != len(self.entries):
             return
-        data = os.pread(self._fd, self.entries.nbytes, PAGE)
-        while len(data) < self.entries.nbytes and (more := os.pread(self._fd, 1 << 30, PAGE + len(data))):
-            data += more  # the kernel reads at most 2 GiB at once
-        if len(data) < self.entries.nbytes:
+        entries = _read_entries(self._fd, num_slots)
+        if entries is None:
             self.unknown = True
             return
-        self.entries = np.frombuffer(data, ENTRY, len(self.entries)).copy()
-        self.torn = np.flatnonzero(self.entries["check"] != checks(self.entries))
-        self.entries[self.torn] = 0
+        self.entries, self.torn = entries
         self.fresh = False
 
     def _write_title(self) -> None:
@@ -181,6 +169,56 @@ class IndexFile:
     def _put(self, slot: int, entry: bytes) -> None:
         self.entries[slot : slot + 1] = np.frombuffer(entry, ENTRY)
         self._io.write(self._fd, PAGE + slot * ENTRY.itemsize, [self.entries[slot : slot + 1].view(np.uint8)])
+
+
+@dataclass(frozen=True, slots=True)
+class SavedIndex:
+    """The index of a store that is not open, as far as it is whole."""
+
+    identity: Identity
+    epoch: int
+    entries: NDArray[np.void]
+
+
+def read_index(path: Path) -> SavedIndex | None:
+    """None where there is none, or it is damaged."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        title = _read_title(fd)
+        entries = _read_entries(fd, title[1]) if title is not None else None
+    finally:
+        os.close(fd)
+    if title is None or entries is None or title[0] is None:
+        return None
+    return SavedIndex(title[0], title[2], entries[0])
+
+
+def _read_title(fd: int) -> tuple[Identity | None, int, int] | None:
+    """Identity (None where the format is another), slots and epoch; None where the title is damaged."""
+    title = os.pread(fd, PAGE, 0)
+    size = _TITLE.size
+    if len(title) < PAGE or xxhash.xxh3_64_intdigest(title[:size]) != _CHECK.unpack_from(title, size)[0]:
+        return None
+    magic, form, rank, ranks, record_bytes, num_slots, namespace, epoch = _TITLE.unpack_from(title)
+    known = (magic, form) == (_MAGIC, FORMAT)
+    return Identity(namespace, record_bytes, rank, ranks) if known else None, num_slots, epoch
+
+
+def _read_entries(fd: int, num_slots: int) -> tuple[NDArray[np.void], NDArray[np.int64]] | None:
+    """The entries, and the slots of damaged ones, which are empty now; None where some are missing."""
+    wanted = num_slots * ENTRY.itemsize
+    data = os.pread(fd, wanted, PAGE)
+    while len(data) < wanted and (more := os.pread(fd, 1 << 30, PAGE + len(data))):
+        data += more  # the kernel reads at most 2 GiB at once
+    if len(data) < wanted:
+        return None
+    entries = np.frombuffer(data, ENTRY, num_slots).copy()
+    torn = np.flatnonzero(entries["check"] != checks(entries))
+    entries[torn] = 0
+    return entries, torn
 
 
 def _entry(header: Header, state: State) -> bytes:

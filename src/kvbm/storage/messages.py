@@ -7,6 +7,8 @@ from enum import IntEnum
 
 import msgspec
 
+from kvbm.storage.split import Split
+
 MAX_MESSAGE = 1 << 20  # bytes
 
 
@@ -102,3 +104,4 @@ class Options(msgspec.Struct, frozen=True):
     o_direct: bool
     open_direct: bool
     min_free_bytes: int
+    split: Split | None = None  # with it records of other numbers of ranks are taken over

@@ -64,6 +64,12 @@ class Channel:
     def options(self) -> Options:
         return msgspec.msgpack.decode(self._sock.recv(MAX_MESSAGE), type=Options)
 
+    def is_open(self) -> bool:
+        """Whether the worker is there; any thread may ask."""
+        poll = select.poll()
+        poll.register(self._sock, 0)
+        return os.getppid() == self._parent and not poll.poll(0)
+
     def receive(self) -> Request | None:
         """The next request; None when the worker is gone."""
         try:
@@ -251,7 +257,7 @@ def serve(arena_fd: int, channel: Channel) -> None:
     try:
         for folder in options.folders:
             Path(folder).mkdir(parents=True, exist_ok=True)
-        store = open_store(options, memory)
+        store = open_store(options, memory, channel.is_open)
         found = store.recover()
     except (StorageError, OSError) as error:
         channel.send(Refused(str(error)))

@@ -29,7 +29,7 @@ class Header:
 
     key: Key
     slot: int
-    epoch: int  # rises when the store is cleared
+    epoch: int  # rises when the store is cleared, to the time of that in seconds since 1970 at least
     sequence: int  # of the write
     written_at: int  # seconds since 1970
     checksum: int
@@ -75,3 +75,17 @@ def decode_header(page: Bytes, identity: Identity) -> Header:
     ):
         raise DamagedRecordError("it is of another model or geometry")
     return Header(Key(hash_, group), slot, epoch, sequence, written_at, checksum)
+
+
+def check_record(page: Bytes, record: Bytes, identity: Identity, key: Key, slot: int, epoch: int) -> Header:
+    """The header in `page`; DamagedRecordError unless it and the bytes are this block's, in this place."""
+    header = decode_header(page, identity)
+    if (header.key, header.slot, header.epoch) != (key, slot, epoch):
+        raise DamagedRecordError("it is another block's")
+    if record_digest(record, identity) != header.checksum:
+        raise DamagedRecordError("its checksum is wrong")
+    return header
+
+
+def record_digest(record: Bytes, identity: Identity) -> int:
+    return xxhash.xxh3_64_intdigest(record[: identity.record_bytes].data)

@@ -114,6 +114,22 @@ def cpu_kernel(vllm_config: Any, layer_name: str) -> str | None:
     return getattr(layer, "isa", None)
 
 
+def head_dimension(vllm_config: Any, layer_name: str, tensor: Any, spec: Any) -> int | None:
+    """Which dimension of an attention layer's KV tensor counts its KV heads; None where that is not known."""
+    layer = vllm_config.compilation_config.static_forward_context.get(layer_name)
+    if layer is None or getattr(spec, "num_head_slots", None) is not None:  # several heads in a place
+        return None
+    shape_of = getattr(layer.get_attn_backend(), "get_kv_cache_shape", None)
+    if shape_of is None:  # vLLM 0.29 and later: blocks, heads, tokens, contents
+        return 1 if tensor.dim() == 4 else None
+    try:
+        one, two = (shape_of(1, spec.block_size, n * spec.num_kv_heads, spec.head_size) for n in (1, 2))
+    except (TypeError, ValueError):
+        return None
+    changed = [dim for dim, sizes in enumerate(zip(one, two, strict=True)) if sizes[0] != sizes[1]]
+    return changed[0] if len(changed) == 1 and len(one) == tensor.dim() else None
+
+
 def from_first_rank(value: Any) -> Any:
     """What the first tensor-parallel rank calls this with. All ranks have to, and wait for it."""
     from vllm.distributed.parallel_state import get_tp_group

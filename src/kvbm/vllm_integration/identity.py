@@ -185,7 +185,10 @@ def check_tensors(kv_cache_config: Any, kv_caches: Mapping[str, Any]) -> None:
 
 
 def engine_namespace(vllm_config: Any, kv_cache_config: Any, shape: Geometry) -> bytes:
-    """Digest of model, weights, dtypes and geometry: blocks are exchanged only where it is equal."""
+    """Digest of model, weights, dtypes and blocks: it names blocks, whatever ranks share them out.
+
+    How the bytes are shared out is in the identity of the records that outlive an engine.
+    """
     model = vllm_config.model_config
     config = json.dumps(model.hf_config.to_dict(), sort_keys=True, default=str)
     return namespace_digest(
@@ -198,9 +201,7 @@ def engine_namespace(vllm_config: Any, kv_cache_config: Any, shape: Geometry) ->
             "quantization": str(model.quantization),
             "kv_dtype": str(vllm_config.cache_config.cache_dtype),
             "block_size": shape.block_size,
-            "record_bytes": shape.record_bytes,
             "layers": [len(group.layer_names) for group in kv_cache_config.kv_cache_groups],
             "groups": [[group.window, group.reach] for group in shape.groups],
-            "tensor_parallel": shape.copies,
         }
     )

@@ -22,7 +22,8 @@ from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.exchange import find_exchange
 from kvbm.vllm_integration.identity import Geometry, check_tensors, geometry
 from kvbm.vllm_integration.scheduler import disk_slots_of, slots_of
-from kvbm.vllm_integration.weights import record_namespace
+from kvbm.vllm_integration.split import find_split
+from kvbm.vllm_integration.weights import HeadSplit, record_namespace
 
 logger = logging.getLogger(__name__)
 
@@ -239,6 +240,7 @@ class WorkerSide:
         config = self._config
         check_tensors(self._kv_cache_config, kv_caches)
 
+        heads: HeadSplit | None = None
         exchange: Exchange | None = None
         if config.has_disk and config.disk.exchange:
             found = find_exchange(self._vllm_config, self._kv_cache_config, kv_caches, shape, self._rank)
@@ -247,16 +249,24 @@ class WorkerSide:
             else:
                 exchange = found
 
+        own = (self._vllm_config, self._kv_cache_config, shape, kv_caches)
+        if config.has_disk and exchange is None:
+            split = find_split(*own)
+            if isinstance(split, str):
+                logger.info("KVBM: what other numbers of ranks store on disk is not taken over: %s", split)
+            else:
+                heads = split
+
         def start_disk(arena: HostArena) -> StorageClient:
-            own = (self._vllm_config, self._kv_cache_config, shape, kv_caches)
             return start_storage(
                 config,
                 arena,
                 num_slots=disk_slots_of(shape, config),
-                namespace=exchange.namespace if exchange else record_namespace(*own),
+                namespace=exchange.namespace if exchange else record_namespace(*own, heads),
                 rank=self._rank,
                 ranks=shape.copies,
                 replica=compat.replica_of(self._vllm_config.parallel_config),
+                split=heads.split if heads else None,
             )
 
         return make_worker(
