@@ -209,6 +209,8 @@ class DiskTier:
             self.pool.pin(disk[is_new], reuse=False)
             self._read(host[is_new], disk[is_new])
             self._host.release(host[host >= 0])
+        # What was stored meanwhile; slots are taken in order while a pool is young.
+        self.seen(np.flatnonzero(self._host.states(np.arange(self._host.capacity)) == _REGISTERED))
 
     # ---- write ----
 
