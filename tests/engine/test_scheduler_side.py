@@ -90,7 +90,7 @@ class Scheduler:
         scheduled = scheduled or {}
         blocks = blocks or {}
         names = {request.request_id: count for request, count in scheduled.items()}
-        as_new = {request.request_id for request in (*new, *(resumed if self.v2 else ()))}
+        as_new = [request.request_id for request in (*new, *(resumed if self.v2 else ()))]
         cached = [name for name in names if name not in as_new]
         orders = self.side.build_orders(
             SimpleNamespace(
@@ -139,7 +139,7 @@ class Scheduler:
                 self.report(operation)
 
     def pinned(self) -> int:
-        return int(self.leader.pool.pins(np.arange(SLOTS)).sum())
+        return int(self.leader.pool.pins(np.arange(self.slots)).sum())
 
     def stored(self, orders: StepOrders, request: Any) -> dict[int, int]:
         """Device block by block of the request, for what is offloaded."""
@@ -373,19 +373,20 @@ def hashed(scheduler: Scheduler, request: Any) -> int:
 def test_before_a_step_only_as_much_is_named_as_the_answer_needs() -> None:
     scheduler = Scheduler(slots=2048)
     look = scheduler_module._FIRST_LOOK
-    prompt = make_request("a", tokens=6 * look * BLOCK + 1)
+    prompt = make_request("a", tokens=12 * look * BLOCK + 1)
     assert scheduler.side.match(prompt, 0) == (0, False)
     assert hashed(scheduler, prompt) == look
-    scheduler.side.allocated(prompt, [list(range(6 * look + 1))], 0)
+    scheduler.side.allocated(prompt, [list(range(12 * look + 1))], 0)
     scheduler.step({prompt: prompt.num_tokens}, new=(prompt,))
-    assert hashed(scheduler, prompt) == look
+    assert hashed(scheduler, prompt) == look  # the model computes these blocks, and takes its time
     operations = scheduler.step().operations
-    assert sum(len(each.host_slots) for each in operations) == hashed(scheduler, prompt) == 6 * look
+    assert sum(len(each.host_slots) for each in operations) == hashed(scheduler, prompt) == 12 * look
+    assert 12 * look > scheduler_module._NAMES_A_STEP
     for operation in operations:
         scheduler.report(operation)
 
     everything = make_request("b", tokens=prompt.num_tokens)
-    assert scheduler.side.match(everything, 0) == (6 * look * BLOCK, True)
+    assert scheduler.side.match(everything, 0) == (12 * look * BLOCK, True)
     beside = make_request("c", tokens=prompt.num_tokens)
     for block in (look - 1, look, 2 * look, 3 * look + 1):
         part = make_request(f"{block}", tokens=prompt.num_tokens)
@@ -393,8 +394,46 @@ def test_before_a_step_only_as_much_is_named_as_the_answer_needs() -> None:
         assert scheduler.side.match(part, 0) == (block * BLOCK, block > 0)
         assert block < hashed(scheduler, part) <= 2 * block + look
     # All on the device but the last token: nothing is asked, nothing named.
-    assert scheduler.side.match(beside, 6 * look * BLOCK) == (0, False)
+    assert scheduler.side.match(beside, 12 * look * BLOCK) == (0, False)
     assert hashed(scheduler, beside) == 0
+
+
+def test_what_is_found_on_the_device_is_stored_step_by_step() -> None:
+    """Steps that compute next to nothing are short: the engine waits for what is done meanwhile."""
+    scheduler = Scheduler(slots=2048)
+    most = scheduler_module._NAMES_A_STEP
+    request = make_request(tokens=3 * most * BLOCK + 1)
+    other = make_request("other", tokens=most * BLOCK + 1, first=100_000)
+    for each, blocks in ((request, range(3 * most + 1)), (other, range(4000, 4001 + most))):
+        assert scheduler.admit(each, list(blocks), device_hit=each.num_tokens - 1) == 0
+    scheduler.step({request: 1, other: 1}, new=(request, other))
+    named, stored = [], []
+    for _ in range(5):
+        orders = scheduler.step()
+        named.append((hashed(scheduler, request), hashed(scheduler, other)))
+        stored.append(sum(len(operation.host_slots) for operation in orders.operations))
+    assert named == [(most, 0), (2 * most, 0), (3 * most, 0), (3 * most, most), (3 * most, most)]
+    assert stored == [most] * 4 + [0]
+    assert scheduler.pinned() == 2 * 4 * most  # of the offloads, and of the requests, each once
+
+
+def test_what_was_not_stored_yet_is_when_the_request_ends() -> None:
+    scheduler = Scheduler(slots=2048)
+    most = scheduler_module._NAMES_A_STEP
+    request = make_request(tokens=3 * most * BLOCK + 1)
+    blocks = [i % 63 + 1 for i in range(3 * most + 1)]
+    scheduler.admit(request, blocks, device_hit=request.num_tokens - 1)
+    scheduler.step({request: 1}, new=(request,))
+    decode(request)
+    operations = scheduler.step({request: 1}, blocks={"r": [63]}).operations  # and grows on
+    operations += scheduler.step().operations
+    scheduler.side.finish(request, [[*blocks, 63]])
+    operations += scheduler.step().operations
+    assert sum(len(operation.host_slots) for operation in operations) == 3 * most
+    assert scheduler.step().operations == []
+    for operation in operations:
+        scheduler.report(operation)
+    assert scheduler.pinned() == 0
 
 
 def test_finish_holds_the_blocks_that_offloads_read() -> None:

@@ -292,37 +292,44 @@ def test_aligned_means_every_piece_of_every_block(name: str) -> None:
     start=st.integers(0, SLOTS - 1),
     count=st.integers(1, SLOTS),
     chunk_slots=st.integers(1, SLOTS),
+    rows=st.integers(1, SLOTS + 1),
 )
 def test_records_and_staging(
-    record_bytes: int, slots: list[int], start: int, count: int, chunk_slots: int
+    record_bytes: int, slots: list[int], start: int, count: int, chunk_slots: int, rows: int
 ) -> None:
+    """A part after the other through staging memory of `rows` records, out and back."""
     slots = slots[start : start + count]
     random = np.random.default_rng(3)
     arena = HostArena(SLOTS, record_bytes)
     arena.slots[:] = UNUSED
-    staging = random.integers(0, 256, (SLOTS, arena.slot_bytes), np.uint8)
-    copies = record_copies(
+    parts = record_copies(
         np.array(slots, np.int32),
-        staging=staging.ctypes.data,
+        rows,
         records=arena.address,
         record_bytes=record_bytes,
         slot_bytes=arena.slot_bytes,
         chunk_slots=chunk_slots,
     )
-    check_chunks(copies, arena, chunk_slots)
-    assert len(copies[0]) == stretches(slots, chunk_slots=chunk_slots)
+    assert len(parts) == -(-len(slots) // rows)
+    for (offsets, *copies), first in zip(parts, range(0, len(slots), rows), strict=True):
+        own = slots[first : first + rows]
+        staging = random.integers(0, 256, (SLOTS, arena.slot_bytes), np.uint8)
+        placed = (offsets + staging.ctypes.data, *copies)
+        check_chunks(placed, arena, chunk_slots)
+        assert len(offsets) == stretches(own, chunk_slots=chunk_slots)
 
-    execute(copies, to_host=True)
-    np.testing.assert_array_equal(arena.records()[slots], staging[: len(slots), :record_bytes])
-    others = np.setdiff1d(np.arange(SLOTS), slots)
-    assert (arena.slots[others] == UNUSED).all()
-    # Padding may be copied where the next record follows, but never behind the last.
-    last = [a for a, b in pairwise([*slots, -1]) if b != a + 1 or b % chunk_slots == 0]
-    assert (arena.slots[last, record_bytes:] == UNUSED).all()
+        before = arena.slots.copy()
+        execute(placed, to_host=True)
+        np.testing.assert_array_equal(arena.records()[own], staging[: len(own), :record_bytes])
+        others = np.setdiff1d(np.arange(SLOTS), own)
+        assert (arena.slots[others] == before[others]).all()
+        # Padding may be copied where the next record follows, but never behind the last.
+        last = [a for a, b in pairwise([*own, -1]) if b != a + 1 or b % chunk_slots == 0]
+        assert (arena.slots[last, record_bytes:] == UNUSED).all()
 
-    arena.records()[:] = random.integers(0, 256, arena.records().shape, np.uint8)
-    staging[:] = UNUSED
-    execute(copies, to_host=False)
-    np.testing.assert_array_equal(staging[: len(slots), :record_bytes], arena.records()[slots])
-    assert (staging[len(slots) - 1, record_bytes:] == UNUSED).all()
-    assert (staging[len(slots) :] == UNUSED).all()
+        arena.records()[own] = random.integers(0, 256, (len(own), record_bytes), np.uint8)
+        staging[:] = UNUSED
+        execute(placed, to_host=False)
+        np.testing.assert_array_equal(staging[: len(own), :record_bytes], arena.records()[own])
+        assert (staging[len(own) - 1, record_bytes:] == UNUSED).all()
+        assert (staging[len(own) :] == UNUSED).all()

@@ -1,5 +1,7 @@
 """Descriptors of a layout's pieces, built in numpy: what to copy where, for any blocks and records."""
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -77,22 +79,32 @@ def block_copies(
 
 def record_copies(
     slots: NDArray[np.integer],
+    rows: int,
     *,
-    staging: int,
     records: int,
     record_bytes: int,
     slot_bytes: int,
     chunk_slots: int,
-) -> tuple[Addresses, Addresses, Addresses]:
-    """The fewest copies between whole records in slots and a dense row of records at `staging`.
+) -> list[tuple[Addresses, Addresses, Addresses]]:
+    """The fewest copies between whole records in slots and dense rows of records, `rows` of them at a time.
 
-    As (staging address, record address, bytes).
+    For each such part: (offset in the rows, record address, bytes), shape (n,) each.
     """
     slots = slots.astype(np.int64)
-    staged = staging + np.arange(len(slots), dtype=np.int64) * slot_bytes
-    copies = _join(staged, records + slots * slot_bytes, slot_bytes, slots, chunk_slots)
-    copies[2][:] -= slot_bytes - record_bytes  # the padding of the last
-    return copies
+    row = np.arange(len(slots), dtype=np.int64) % rows
+    together = (slots[1:] == slots[:-1] + 1) & (slots[1:] % chunk_slots != 0) & (row[1:] != 0)
+    starts = np.concatenate(([0], np.flatnonzero(~together) + 1))
+    lengths = np.diff(starts, append=len(slots))
+    copies = (
+        row[starts] * slot_bytes,
+        records + slots[starts] * slot_bytes,
+        lengths * slot_bytes - (slot_bytes - record_bytes),  # without the padding of the last
+    )
+    bounds = np.searchsorted(starts, np.arange(0, len(slots) + rows, rows)).tolist()
+    return [
+        (copies[0][first:last], copies[1][first:last], copies[2][first:last])
+        for first, last in pairwise(bounds)
+    ]
 
 
 def _join(

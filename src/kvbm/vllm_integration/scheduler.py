@@ -24,8 +24,9 @@ from kvbm.vllm_integration.stats import StatsSource
 
 logger = logging.getLogger(__name__)
 
-_NOTHING: Mapping[str, int] = {}
-_FIRST_LOOK = 64  # blocks that are named before the cache is first asked for them
+# Naming a block takes a microsecond.
+_FIRST_LOOK = 16  # blocks that are named before the cache is first asked for them
+_NAMES_A_STEP = 128  # as many as can be named while the model computes the shortest of steps
 
 
 class SchedulerSide:
@@ -53,7 +54,8 @@ class SchedulerSide:
         self._loading: set[str] = set()  # waiting for their load
         # Whom the engine is busy with: of the last step, and already chosen for the one being made.
         self._running: set[str] = set()
-        self._grown: list[str] = []  # whose new blocks the last step computes: stored with the next
+        self._grown: list[str] = []  # who has computed blocks that are not stored
+        self._step_blocks = 0  # computed in the last step
         self._block_pool: Any = None
         self._held: Counter[int] = Counter()  # device blocks that offloads of finished requests read
         self._events_mode = events_mode
@@ -189,8 +191,8 @@ class SchedulerSide:
         grown, self._grown = self._grown, []
         for id_ in scheduler_output.preempted_req_ids or ():
             leader.preempt(id_)
-        if grown:  # vLLM counts what is being loaded as computed
-            leader.store(self._computed([id_ for id_ in grown if id_ not in self._loading]))
+        if grown:
+            leader.store(self._due(leader, grown))
         orders = leader.take_orders(scheduler_output.total_num_scheduled_tokens)
         changed = [new.req_id for new in scheduler_output.scheduled_new_reqs]
         cached = scheduler_output.scheduled_cached_reqs
@@ -205,7 +207,8 @@ class SchedulerSide:
         if not self._groups.single:  # of some groups vLLM gives up blocks with the next step
             self._store_passing(changed, scheduler_output)
             return orders
-        self._grown = changed
+        self._grown = list(dict.fromkeys([*self._grown, *changed]))
+        self._step_blocks = scheduler_output.total_num_scheduled_tokens // self._block_size
         if self._events is not None:  # vLLM's events of these blocks may come before the next step
             for id_ in changed:
                 if id_ in self._requests:
@@ -232,19 +235,41 @@ class SchedulerSide:
             computed = self._computed(list(passing), scheduler_output.num_scheduled_tokens)
             self._hold(self.leader.store(computed, passing))
 
-    def _computed(
-        self, request_ids: Sequence[str], num_scheduled: Mapping[str, int] = _NOTHING
-    ) -> list[tuple[str, int]]:
-        """Blocks of each request that are full, known and computed, with what is scheduled now."""
+    def _computed(self, request_ids: Sequence[str], num_scheduled: dict[str, int]) -> list[tuple[str, int]]:
+        """Blocks of each request that are full, known and computed at the end of this step."""
         computed = []
         for id_ in request_ids:
             request = self._requests.get(id_)
             if request is not None:
                 self._hash(request)
-                # Tokens that are only proposed (speculative, or in flight) are not among num_tokens.
-                tokens = min(request.num_tokens, request.num_computed_tokens + num_scheduled.get(id_, 0))
-                computed.append((id_, tokens // self._block_size))
+                computed.append((id_, self._full(request, num_scheduled.get(id_, 0))))
         return computed
+
+    def _due(self, leader: Leader, grown: Sequence[str]) -> list[tuple[str, int]]:
+        """The same before this step, but only as much as can be named while the last one is computed.
+
+        The engine looks for the last step's tokens when it has planned this one. The next takes the rest.
+        """
+        room = max(_NAMES_A_STEP, self._step_blocks)
+        due = []
+        for id_ in grown:
+            request = self._requests.get(id_)
+            if request is None or id_ in self._loading:  # vLLM counts what is being loaded as computed
+                continue
+            named = len(leader.hasher(id_) or ())
+            full = self._full(request)
+            end = min(full, named + room)
+            self._hash(request, end)
+            room -= max(0, end - named)
+            due.append((id_, end))
+            if end < full:
+                self._grown.append(id_)
+        return due
+
+    def _full(self, request: Any, scheduled: int = 0) -> int:
+        """Blocks full of tokens that are known, and computed together with those scheduled now."""
+        # Tokens that are only proposed (speculative, or in flight) are not among num_tokens.
+        return min(request.num_tokens, request.num_computed_tokens + scheduled) // self._block_size
 
     def update(self, finished_recving: Sequence[str] | set[str], reports: Sequence[WorkerReport]) -> None:
         """What the ranks reported with the last step."""

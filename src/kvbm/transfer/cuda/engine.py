@@ -176,22 +176,25 @@ class CudaCopyEngine(CopyEngine):
             for chunk in _parts(len(slots), _MAX_BLOCKS):
                 rows = np.arange(len(slots[chunk])) % lane.staged_blocks
                 index = lane.upload(blocks[chunk], rows)
-                for part in _parts(len(rows), lane.staged_blocks):
-                    self._stage(offload, lane, index.part(part), slots[chunk][part])
+                copies = record_copies(
+                    slots[chunk],
+                    lane.staged_blocks,
+                    records=self._arena.address,
+                    record_bytes=self._arena.record_bytes,
+                    slot_bytes=self._arena.slot_bytes,
+                    chunk_slots=self._chunk_slots,
+                )
+                for part, own in zip(_parts(len(rows), lane.staged_blocks), copies, strict=True):
+                    self._stage(offload, lane, index.part(part), *own)
         return lane.dma if offload else lane.kernels
 
-    def _stage(self, offload: bool, lane: "_Lane", index: "_Index", slots: Indices) -> None:
+    def _stage(
+        self, offload: bool, lane: "_Lane", index: "_Index", offsets: Any, host: Any, sizes: Any
+    ) -> None:
         """What fits into half the staging memory, while the other half is on the bus."""
         assert kernel is not None
         half, programs = lane.next_half(), kernel.PROGRAMS_ON_DEVICE
-        staging, host, sizes = record_copies(
-            slots,
-            staging=half.memory.data_ptr(),
-            records=self._arena.address,
-            record_bytes=self._arena.record_bytes,
-            slot_bytes=self._arena.slot_bytes,
-            chunk_slots=self._chunk_slots,
-        )
+        staging = offsets + half.memory.data_ptr()
 
         def pack() -> None:
             self._launch(index, half.memory.data_ptr(), gather=offload, programs=programs)
