@@ -258,6 +258,21 @@ def test_what_a_killed_engine_was_writing_is_checked_and_taken(tmp_path: Path) -
         assert [rank.found for rank in engine] == [RECORDS] * 2
 
 
+def test_an_error_of_ours_does_not_keep_the_tier_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("not foreseen")
+
+    stored(tmp_path, 1, RECORDS)
+    monkeypatch.setattr(adoption, "choose", fail)
+    with ranks_of(tmp_path, 2) as engine:
+        assert [rank.found for rank in engine] == [{}, {}]
+        assert "not foreseen" in caplog.text
+        engine[1].write(0, 1)
+        assert engine[1].holds(0, 1)
+
+
 # ---- what is ours stays
 
 

@@ -75,6 +75,8 @@ class Adoption:
                 self._adopt(ranks, target)
             except (StorageError, OSError) as error:
                 logger.info("what %d ranks have stored here stays theirs: %s", ranks, error)
+            except Exception:  # the tier has to get ready
+                logger.exception("internal error with what %d ranks have stored here", ranks)
 
     def _adopt(self, ranks: int, target: Target) -> None:
         split, own = self._split, target.identity

@@ -117,9 +117,10 @@ def cpu_kernel(vllm_config: Any, layer_name: str) -> str | None:
 def head_dimension(vllm_config: Any, layer_name: str, tensor: Any, spec: Any) -> int | None:
     """Which dimension of an attention layer's KV tensor counts its KV heads; None where that is not known."""
     layer = vllm_config.compilation_config.static_forward_context.get(layer_name)
-    if layer is None or getattr(spec, "num_head_slots", None) is not None:  # several heads in a place
+    backend_of = getattr(layer, "get_attn_backend", None)
+    if backend_of is None or getattr(spec, "num_head_slots", None) is not None:  # several heads in a place
         return None
-    shape_of = getattr(layer.get_attn_backend(), "get_kv_cache_shape", None)
+    shape_of = getattr(backend_of(), "get_kv_cache_shape", None)
     if shape_of is None:  # vLLM 0.29 and later: blocks, heads, tokens, contents
         return 1 if tensor.dim() == 4 else None
     try:
