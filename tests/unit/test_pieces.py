@@ -311,10 +311,10 @@ def test_records_and_staging(
         chunk_slots=chunk_slots,
     )
     assert len(parts) == -(-len(slots) // rows)
-    for (offsets, *copies), first in zip(parts, range(0, len(slots), rows), strict=True):
+    for (offsets, host, sizes), first in zip(parts, range(0, len(slots), rows), strict=True):
         own = slots[first : first + rows]
         staging = random.integers(0, 256, (SLOTS, arena.slot_bytes), np.uint8)
-        placed = (offsets + staging.ctypes.data, *copies)
+        placed = offsets + staging.ctypes.data, host, sizes
         check_chunks(placed, arena, chunk_slots)
         assert len(offsets) == stretches(own, chunk_slots=chunk_slots)
 

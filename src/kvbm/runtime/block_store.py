@@ -40,7 +40,8 @@ class StoreStats:
     corrupt: int
     disk: DiskStats | None = None
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
         text = (
             f"host {self.registered} of {self.capacity} blocks; stored {self.offloaded}, served "
             f"{self.onboarded}, evicted {self.evicted}, damaged {self.corrupt}"
@@ -68,7 +69,7 @@ class StatsLog:
         if now < self._next:
             return
         self._next = now + self._interval_s
-        line = str(self._store.stats())
+        line = self._store.stats().summary
         if line != self._last:
             self._last = line
             logger.info("KVBM: %s", line)
