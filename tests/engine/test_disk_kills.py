@@ -19,7 +19,7 @@ from tests.engine.harness import Engine
 from tests.engine.prompts import Prompts
 from tests.engine.scenarios import Ask
 
-IO_KILLS, ENGINE_KILLS, BOTH_KILLS = map(int, os.environ.get("KVBM_TEST_KILLS", "60,4,2").split(","))
+IO_KILLS, ENGINE_KILLS, BOTH_KILLS = map(int, os.environ.get("KVBM_TEST_KILLS", "40,3,2").split(","))
 SEED = int(os.environ.get("KVBM_TEST_SEED") or random.randrange(1 << 30))
 ANSWER_S = 60.0  # a tenth of it is usual
 

@@ -145,8 +145,8 @@ def test_under_pressure(pair: Pair, name: str, folder: Path, prompts: Prompts) -
     with pair.engines(folder, **options):
         want = pair.plain(features.run, queries)
         rounds = [pair.call(features.run, queries)]
-        rounds += [pair.call(features.again, features.run, queries) for _ in range(2)]
-        assert [ran.tokens for ran in rounds] == [want().tokens] * 3
+        rounds += [pair.call(features.again, features.run, queries) for _ in range(1)]
+        assert [ran.tokens for ran in rounds] == [want().tokens] * 2
         assert sum(ran.after.preemptions - ran.before.preemptions for ran in rounds) > 0
         assert rounds[-1].external_hits > 500
         checked(rounds[-1])

@@ -103,16 +103,17 @@ def test_a_killed_io_process(tmp_path: Path) -> None:
         assert [tree.load(sequence) for sequence in (A, B, C)] == [10, 10, 10]
 
 
-@pytest.mark.parametrize("rate", [0.5, 1.0])
+@pytest.mark.parametrize("rate", [0.2, 1.0])
 def test_a_backend_that_raises(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang's own injector, between SGLang and KVBM."""
+    """SGLang's own injector, between SGLang and KVBM: before each of the three calls that a page needs."""
     monkeypatch.setenv("SGLANG_TEST_HICACHE_BACKEND_RANDOM_FAILURE", str(rate))
     with Tree(HOST) as tree:
         loaded = []
-        for i in range(1, 9):
+        for i in range(1, 9 if rate == 1.0 else 17):
             tree.store(tokens(1000 * i, 4))
             loaded.append(tree.load_anew(tokens(1000 * i, 4)))
-    assert set(loaded) == ({0} if rate == 1.0 else {0, 4})
+    assert set(loaded) <= {0, 4}
+    assert (4 in loaded) == (rate < 1.0)  # at 0.2 none of 16 comes through once in 100,000 runs
 
 
 def test_a_slow_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
