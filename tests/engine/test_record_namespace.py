@@ -10,6 +10,7 @@ import torch
 
 from kvbm.runtime import fingerprint
 from kvbm.vllm_integration import weights
+from kvbm.vllm_integration.exchange import find_exchange
 from kvbm.vllm_integration.identity import Geometry
 from kvbm.vllm_integration.weights import record_namespace
 
@@ -87,6 +88,11 @@ def fewer_layers(engine: Engine) -> None:
     del engine.caches["layer1"]
 
 
+def other_stage(engine: Engine) -> None:
+    """Of a pipeline: as many layers, and all alike."""
+    engine.caches = {f"layer{i + 2}": cache for i, cache in enumerate(engine.caches.values())}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -99,6 +105,7 @@ def fewer_layers(engine: Engine) -> None:
         other_shape,
         other_order_of_bytes,
         fewer_layers,
+        other_stage,
     ],
     ids=lambda change: change.__name__,
 )
@@ -106,6 +113,11 @@ def test_what_may_change_the_bytes_changes_it(engine: Engine, change: Callable[[
     before = engine.namespace()
     change(engine)
     assert engine.namespace() != before
+
+
+def test_a_stage_of_a_pipeline_exchanges_nothing() -> None:
+    """Its records look like those of a smaller model."""
+    assert "stage" in str(find_exchange(None, None, {}, Geometry(4, 384, BLOCKS, 2, stages=(384, 384)), 0))
 
 
 def test_another_vllm_finds_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

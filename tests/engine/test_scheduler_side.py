@@ -51,12 +51,17 @@ class Scheduler:
     """
 
     def __init__(
-        self, v2: bool = False, ranks: int = 1, in_step: Sequence[bool] = (), slots: int = SLOTS
+        self,
+        v2: bool = False,
+        ranks: int = 1,
+        in_step: Sequence[bool] = (),
+        slots: int = SLOTS,
+        steps_in_flight: int = 1,
     ) -> None:
         config = load_config(environ={}, host__num_blocks=slots)
         self.slots = slots
         self.leader = Leader(config, namespace=NAMESPACE, block_size=BLOCK, num_slots=slots, ranks=ranks)
-        self.side = SchedulerSide(self.leader, BLOCK)
+        self.side = SchedulerSide(self.leader, BLOCK, steps_in_flight=steps_in_flight)
         self.pool = FakeBlockPool()
         self.side.bind_block_pool(self.pool)
         self.v2 = v2
@@ -627,6 +632,22 @@ def test_the_offer_follows_the_state_of_the_engine() -> None:
     assert request.waits is True
     loads = [load for load in scheduler.step({other: 1}).operations if load.request_id]
     assert [load.in_step for load in loads] == [False]
+
+
+def test_a_pipeline_is_busy_with_requests_that_the_last_step_has_not() -> None:
+    """vLLM plans empty steps while a request is in both stages."""
+    scheduler = Scheduler(in_step=(True,), steps_in_flight=2)
+    scheduler.store(make_request("a"))
+    runs, request = make_request("runs", first=5000), make_request("b")
+    scheduler.admit(runs, [31, 32, 33])
+    scheduler.step({runs: 10}, new=(runs,))
+    scheduler.step()
+    assert scheduler.side.match(request, 0) == (2 * BLOCK, True)
+    scheduler.step()
+    assert scheduler.side.match(request, 0) == (2 * BLOCK, False)
+    scheduler.step({runs: 1})
+    scheduler.side.finish(runs, [[31, 32, 33]])
+    assert scheduler.side.match(request, 0) == (2 * BLOCK, False)
 
 
 def test_a_load_waits_while_another_request_runs() -> None:

@@ -33,7 +33,8 @@ class Pair:
 
     def __init__(self, model: Path, mode: str, env: dict[str, str], **options: object) -> None:
         common = {**OPTIONS, "enforce_eager": mode == "eager", **options}
-        self.engine = Engine(model, kvbm={}, env={**ENV, **HOST, **env}, **common)
+        self._start = lambda: Engine(model, kvbm={}, env={**ENV, **HOST, **env}, **common)
+        self.engine = self._start()
         self.engine.wait_ready()
         self._plain = Engine(model, env=ENV, enable_prefix_caching=False, **common)
         self._known: dict[Ask, list[int]] = {}
@@ -44,6 +45,12 @@ class Pair:
         if new:
             self._known.update(zip(new, self._plain.call(scenarios.run, new).tokens, strict=True))
         return [self._known[ask] for ask in plain]
+
+    def restart(self) -> None:
+        """The engine under test ends, and another one starts with the same settings."""
+        self.engine.close()
+        self.engine = self._start()
+        self.engine.wait_ready()
 
     def close(self) -> None:
         self.engine.close()

@@ -11,15 +11,7 @@ from tests.engine.latent_model import CONFIG
 from tests.engine.scenarios import Ask
 from tests.gpu.pair import Pair, full, prompt
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_gpus() -> None:
-    import torch
-
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600), pytest.mark.usefixtures("two_gpus")]
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +22,9 @@ def latent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def heads(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four layers of the other tests' model: it starts in a third of the time."""
-    folder = tmp_path_factory.mktemp("heads")
-    config = json.loads((model / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
-    return folder
-
-
 @pytest.fixture(scope="module", params=["heads", "latent"])
-def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    pair = Pair(request.getfixturevalue(request.param), "eager", {}, tensor_parallel_size=2)
+def pair(request: pytest.FixtureRequest, shallow: Path, latent: Path) -> Iterator[Pair]:
+    pair = Pair(shallow if request.param == "heads" else latent, "eager", {}, tensor_parallel_size=2)
     yield pair
     pair.close()
 

@@ -27,29 +27,29 @@ def config(**settings: Any) -> Config:
 
 
 def test_a_record_on_disk_has_a_header_on_every_rank() -> None:
-    assert disk_record_bytes(RECORD, 1) == SLOT + HEADER_BYTES
-    assert disk_record_bytes(RECORD, 4) == 4 * (SLOT + HEADER_BYTES)
+    assert disk_record_bytes([RECORD]) == SLOT + HEADER_BYTES
+    assert disk_record_bytes([RECORD] * 4) == 4 * (SLOT + HEADER_BYTES)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_gigabytes_are_the_sum_over_all_ranks(ranks: int) -> None:
     for blocks in (1, 10, 1000):
         size = blocks * ranks * (SLOT + HEADER_BYTES) / 1e9
-        assert num_disk_slots(config(disk__cache_gb=size * 1.0001), RECORD, ranks) == blocks
-        assert num_disk_slots(config(disk__cache_gb=size * 0.9999), RECORD, ranks) == blocks - 1
+        assert num_disk_slots(config(disk__cache_gb=size * 1.0001), [RECORD] * ranks) == blocks
+        assert num_disk_slots(config(disk__cache_gb=size * 0.9999), [RECORD] * ranks) == blocks - 1
         size = blocks * ranks * SLOT / 1e9
-        assert num_host_slots(config(host__cache_gb=size * 1.0001), RECORD, ranks) == blocks
-        assert num_host_slots(config(host__cache_gb=size * 0.9999), RECORD, ranks) == blocks - 1
+        assert num_host_slots(config(host__cache_gb=size * 1.0001), [RECORD] * ranks) == blocks
+        assert num_host_slots(config(host__cache_gb=size * 0.9999), [RECORD] * ranks) == blocks - 1
 
 
 def test_a_number_of_blocks_wins() -> None:
     both = config(disk__cache_gb=5, disk__num_blocks=7, host__cache_gb=5, host__num_blocks=3)
-    assert num_disk_slots(both, RECORD, 2) == 7
-    assert num_host_slots(both, RECORD, 2) == 3
+    assert num_disk_slots(both, [RECORD] * 2) == 7
+    assert num_host_slots(both, [RECORD] * 2) == 3
 
 
 def test_no_disk() -> None:
-    assert num_disk_slots(config(host__cache_gb=1), RECORD, 1) == 0
+    assert num_disk_slots(config(host__cache_gb=1), [RECORD]) == 0
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
@@ -57,12 +57,12 @@ def test_a_disk_alone_has_a_small_host_tier(ranks: int) -> None:
     """At most 1 GB over all ranks, and no more than the disk has blocks."""
     record = 1_000_000
     slot = 1_003_520
-    assert num_host_slots(config(disk__cache_gb=500), record, ranks) == int(1e9 // (slot * ranks))
-    assert num_host_slots(config(disk__num_blocks=100), record, ranks) == 100
-    assert num_host_slots(config(disk__num_blocks=3), record, ranks) == 16
-    assert num_host_slots(config(disk__cache_gb=500), 10**9, ranks) == 16  # blocks as large as that
+    assert num_host_slots(config(disk__cache_gb=500), [record] * ranks) == int(1e9 // (slot * ranks))
+    assert num_host_slots(config(disk__num_blocks=100), [record] * ranks) == 100
+    assert num_host_slots(config(disk__num_blocks=3), [record] * ranks) == 16
+    assert num_host_slots(config(disk__cache_gb=500), [10**9] * ranks) == 16  # blocks as large as that
     # A host tier that was asked for stays as it is, however small.
-    assert num_host_slots(config(disk__cache_gb=500, host__num_blocks=2), record, ranks) == 2
+    assert num_host_slots(config(disk__cache_gb=500, host__num_blocks=2), [record] * ranks) == 2
 
 
 def test_less_than_one_block_is_an_error() -> None:

@@ -11,7 +11,7 @@ from kvbm.logic.groups import FULL, KvGroup, KvGroups
 from kvbm.vllm_integration import compat
 from kvbm.vllm_integration.compat import check_engine_version
 from kvbm.vllm_integration.identity import Geometry, check_tensors, geometry, identify
-from kvbm.vllm_integration.scheduler import slots_of
+from kvbm.vllm_integration.scheduler import disk_slots_of, slots_of
 
 
 def request(**changes: Any) -> SimpleNamespace:
@@ -169,13 +169,8 @@ HYBRID = kv_group(SlidingWindowSpec), kv_group(FullAttentionSpec)
         (engine(kv_group(FullAttentionSpec, enable_kv_transfer=False)), "let connectors move"),
         (engine(kv_group(MambaSpec, mamba_cache_mode="none")), "mamba_cache_mode=none"),
         (engine(kv_group(MambaSpec, num_speculative_blocks=1)), "speculative"),
-        pytest.param(
-            engine(pipeline_parallel_size=2),
-            "pipeline",
-            marks=pytest.mark.feature(
-                "Pipeline parallel", refused="pipeline parallelism is not supported yet"
-            ),
-        ),
+        (engine(pipeline_parallel_size=2, distributed_executor_backend="ray"), "executor mp only"),
+        (engine(*HYBRID, pipeline_parallel_size=2, distributed_executor_backend="mp"), "several groups"),
         pytest.param(
             engine(decode_context_parallel_size=2),
             "context",
@@ -206,6 +201,42 @@ def test_a_window_of_which_vllm_keeps_everything_is_full_attention():
     shape = geometry(*engine(kv_group(FullAttentionSpec, sliding_window=128)))
     assert isinstance(shape, Geometry)
     assert shape.groups.single
+
+
+def pipeline(
+    monkeypatch: pytest.MonkeyPatch, layers: list[int], stage: int, own: int, **parallel: Any
+) -> Any:
+    """The geometry on a rank of a stage with KV caches of `own` layers; vLLM shares out `layers`."""
+    monkeypatch.setattr(compat, "pipeline_layers", lambda _: (layers, stage))
+    stages = {"pipeline_parallel_size": len(layers), "distributed_executor_backend": "mp", **parallel}
+    spec = stages.pop("spec", FullAttentionSpec)
+    return geometry(*engine(kv_group(spec, layers=own), **stages))
+
+
+def test_stages_of_a_pipeline_have_records_of_different_sizes(monkeypatch: pytest.MonkeyPatch):
+    """The scheduler and all ranks come to the same number of slots, each from its own layers."""
+    shapes = [pipeline(monkeypatch, [3, 5, 2], stage, (3, 5, 2)[stage], world_size=6) for stage in range(3)]
+    assert [shape.record_bytes for shape in shapes] == [3000, 5000, 2000]
+    # On disk each record has a header of 4 KiB.
+    on_disk = load_config(disk__cache_gb=7 * (8192 + 12288 + 8192) * 2 / 1e9, environ={})
+    for shape in shapes:
+        assert shape.records == [3000, 3000, 5000, 5000, 2000, 2000]
+        assert shape.host_bytes(10) == 10 * (4096 + 8192 + 4096) * 2
+        assert slots_of(shape, load_config(host__cache_gb=shape.host_bytes(10) / 1e9, environ={})) == 10
+        assert disk_slots_of(shape, on_disk) == 7
+
+
+def test_pipelines_whose_layers_are_not_alike(monkeypatch: pytest.MonkeyPatch):
+    """As with a draft model in the last stage, or with layers that have no KV."""
+    assert pipeline(monkeypatch, [3, 3], 1, 4) == (
+        "stage 1 of the pipeline has KV caches of 4 layers, of 3 in all"
+    )
+
+
+def test_ranks_of_a_pipeline_do_not_share(monkeypatch: pytest.MonkeyPatch):
+    """With MLA those of one stage hold the same bytes, but not those of all stages."""
+    shape = pipeline(monkeypatch, [3, 3], 0, 3, world_size=4, spec=MLAAttentionSpec)
+    assert (shape.shared, shape.records) == (False, [3000] * 4)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ class BlockStore:
         ranks: int = 1,
         replica: int = 0,
     ) -> None:
-        num_slots = require_host_slots(config, record_bytes, ranks)
+        num_slots = require_host_slots(config, [record_bytes] * ranks)
         ensure_fits(num_slots * slot_bytes(record_bytes) * ranks)
         arena = HostArena(num_slots, record_bytes)
         self.records = HostRecords(arena, make_engine(arena) if make_engine else None, checksum=checksum)

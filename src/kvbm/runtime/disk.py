@@ -1,7 +1,7 @@
 """The disk tier as the settings want it: the leader's half and each rank's half."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,49 +32,56 @@ _BATCH_BLOCKS = 32
 _FILTER_BLOCKS = 1_000_000
 
 
-def num_host_slots(config: Config, record_bytes: int, ranks: int) -> int:
-    """Blocks of the host tier: as configured, or what a disk tier alone needs."""
+def num_host_slots(config: Config, records: Sequence[int]) -> int:
+    """Blocks of the host tier: as configured, or what a disk tier alone needs.
+
+    records: bytes of a block's records, one a rank that keeps it.
+    """
     host = config.host
-    size = slot_bytes(record_bytes) * ranks
+    size = host_record_bytes(records)
     if host.num_blocks or host.cache_gb:
         return host.num_blocks or int(host.cache_gb * 1e9 // size)
     staging = max(_MIN_STAGING_BLOCKS, int(_STAGING_BYTES // size))
-    return min(staging, max(_MIN_STAGING_BLOCKS, num_disk_slots(config, record_bytes, ranks)))
+    return min(staging, max(_MIN_STAGING_BLOCKS, num_disk_slots(config, records)))
 
 
-def num_disk_slots(config: Config, record_bytes: int, ranks: int) -> int:
+def num_disk_slots(config: Config, records: Sequence[int]) -> int:
     """Blocks of the disk tier, headers included in its size."""
-    size = disk_record_bytes(record_bytes, ranks)
-    return config.disk.num_blocks or int(config.disk.cache_gb * 1e9 // size)
+    return config.disk.num_blocks or int(config.disk.cache_gb * 1e9 // disk_record_bytes(records))
 
 
-def require_host_slots(config: Config, record_bytes: int, ranks: int) -> int:
+def require_host_slots(config: Config, records: Sequence[int]) -> int:
     """As `num_host_slots`; CapacityError if the configured size holds none."""
-    slots = num_host_slots(config, record_bytes, ranks)
+    slots = num_host_slots(config, records)
     if slots < 1:
         raise CapacityError(
             f"A host tier of {config.host.cache_gb} GB is less than one block of "
-            f"{slot_bytes(record_bytes) * ranks / 1e9:.6f} GB: raise host.cache_gb "
+            f"{host_record_bytes(records) / 1e9:.6f} GB: raise host.cache_gb "
             f"(DYN_KVBM_CPU_CACHE_GB), or unset it to run without KVBM."
         )
     return slots
 
 
-def require_disk_slots(config: Config, record_bytes: int, ranks: int) -> int:
+def require_disk_slots(config: Config, records: Sequence[int]) -> int:
     """As `num_disk_slots`, 0 without a disk tier; CapacityError if the configured size holds none."""
-    slots = num_disk_slots(config, record_bytes, ranks)
+    slots = num_disk_slots(config, records)
     if config.has_disk and slots < 1:
         raise CapacityError(
             f"A disk tier of {config.disk.cache_gb} GB is less than one block of "
-            f"{disk_record_bytes(record_bytes, ranks) / 1e9:.6f} GB: raise disk.cache_gb "
+            f"{disk_record_bytes(records) / 1e9:.6f} GB: raise disk.cache_gb "
             f"(DYN_KVBM_DISK_CACHE_GB), or unset it."
         )
     return slots
 
 
-def disk_record_bytes(record_bytes: int, ranks: int) -> int:
+def host_record_bytes(records: Sequence[int]) -> int:
+    """What a block takes in host memory, on all ranks together."""
+    return sum(map(slot_bytes, records))
+
+
+def disk_record_bytes(records: Sequence[int]) -> int:
     """What a block takes on disk, on all ranks together."""
-    return stride_of(slot_bytes(record_bytes)) * ranks
+    return sum(stride_of(slot_bytes(size)) for size in records)
 
 
 def make_disk_tier(

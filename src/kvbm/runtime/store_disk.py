@@ -40,12 +40,13 @@ class StoreDisk:
         replica: int = 0,
     ) -> None:
         arena = records.arena
-        capacity = require_disk_slots(config, arena.record_bytes, ranks)
+        records_of_all = [arena.record_bytes] * ranks
+        capacity = require_disk_slots(config, records_of_all)
         self.tier = make_disk_tier(
             config,
             host,
             capacity=capacity,
-            record_bytes=disk_record_bytes(arena.record_bytes, ranks),
+            record_bytes=disk_record_bytes(records_of_all),
             ranks=1,
             ids=itertools.count(),
             drop=host.withdraw,

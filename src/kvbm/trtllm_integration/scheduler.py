@@ -15,11 +15,10 @@ from kvbm.logic.index import Slots
 from kvbm.observe.server import Server
 from kvbm.runtime.admin import Admin
 from kvbm.runtime.channel import Hello, Lost, ReportReceiver
-from kvbm.runtime.disk import disk_record_bytes, num_disk_slots, num_host_slots
+from kvbm.runtime.disk import disk_record_bytes, host_record_bytes, num_disk_slots, num_host_slots
 from kvbm.runtime.leader import Leader
 from kvbm.runtime.messages import StepOrders, WorkerReport
 from kvbm.runtime.observer import Observer
-from kvbm.transfer.arena import slot_bytes
 from kvbm.trtllm_integration.identity import (
     Geometry,
     RequestIdentity,
@@ -369,16 +368,16 @@ def make_scheduler_side(llm_args: Any, config: Config) -> SchedulerSide:
 
     def make_leader(record_bytes: int) -> tuple[Leader, Server | None]:
         assert isinstance(shape, Geometry)
-        block_bytes = slot_bytes(record_bytes) * shape.ranks
-        disk_block_bytes = disk_record_bytes(record_bytes, shape.ranks)
+        records = [record_bytes] * shape.ranks
+        block_bytes, disk_block_bytes = host_record_bytes(records), disk_record_bytes(records)
         observer = Observer(config.observe, shape.block_size, engine="tensorrt-llm", block_bytes=block_bytes)
         leader = Leader(
             config,
             namespace=engine_namespace(llm_args, record_bytes),
             block_size=shape.block_size,
-            num_slots=num_host_slots(config, record_bytes, shape.ranks),
+            num_slots=num_host_slots(config, records),
             ranks=shape.ranks,
-            disk_slots=num_disk_slots(config, record_bytes, shape.ranks),
+            disk_slots=num_disk_slots(config, records),
             disk_record_bytes=disk_block_bytes,
             observer=observer,
         )

@@ -68,7 +68,7 @@ class WorkerSide:
             self._refused = f"the KV cache has blocks of {block_size} tokens, not {shape.block_size}"
             return
         self._record_bytes = sum(tensor.nbytes for tensor in kv_caches.values()) // num_blocks
-        self._num_slots = require_host_slots(self._config, self._record_bytes, shape.ranks)
+        self._num_slots = require_host_slots(self._config, [self._record_bytes] * shape.ranks)
         ensure_fits(self._num_slots * slot_bytes(self._record_bytes) * shape.ranks)
         worker = worker_or_reason(
             lambda: make_worker(
@@ -90,7 +90,7 @@ class WorkerSide:
         self._refused = reason
 
     def _start_disk(self, arena: HostArena, shape: Geometry, kv_caches: Mapping[str, Any]) -> StorageClient:
-        slots = require_disk_slots(self._config, self._record_bytes, shape.ranks)
+        slots = require_disk_slots(self._config, [self._record_bytes] * shape.ranks)
         # A disk outlives the engine: whatever may change the bytes counts.
         namespace = namespace_digest(
             {

@@ -108,6 +108,17 @@ def replica_of(parallel_config: Any) -> int:
     return parallel_config.data_parallel_rank if index is None else index
 
 
+def pipeline_layers(vllm_config: Any) -> tuple[list[int], int]:
+    """Layers in each stage of the pipeline, and the stage of this rank; of the scheduler, the first."""
+    from vllm.distributed.utils import get_pp_indices
+
+    parallel = vllm_config.parallel_config
+    stages = parallel.pipeline_parallel_size
+    total = vllm_config.model_config.get_total_num_hidden_layers()
+    spans = [get_pp_indices(total, stage, stages) for stage in range(stages)]
+    return [end - start for start, end in spans], parallel.rank // parallel.tensor_parallel_size % stages
+
+
 def cpu_kernel(vllm_config: Any, layer_name: str) -> str | None:
     """Which of vLLM's CPU attention kernels a layer uses; they order the bytes of a block differently."""
     layer = vllm_config.compilation_config.static_forward_context.get(layer_name)

@@ -18,6 +18,8 @@ def find_exchange(
     vllm_config: Any, kv_cache_config: Any, kv_caches: Mapping[str, Any], shape: Geometry, rank: int
 ) -> Exchange | str:
     """How a rank exchanges records, or why it can't."""
+    if shape.stages:
+        return "a stage of a pipeline has only some of the layers"
     groups = kv_cache_config.kv_cache_groups
     if len(groups) > 1 or type(groups[0].kv_cache_spec).__name__ != "FullAttentionSpec":
         return "only models with full attention in all layers have such records"

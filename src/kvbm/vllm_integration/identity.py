@@ -12,8 +12,8 @@ from typing import Any
 from kvbm.errors import LayoutError
 from kvbm.logic.groups import FULL, KvGroup, KvGroups
 from kvbm.logic.hashing import namespace_digest
+from kvbm.runtime.disk import host_record_bytes
 from kvbm.runtime.fingerprint import adapter_fingerprint
-from kvbm.transfer.arena import slot_bytes
 from kvbm.vllm_integration import compat
 
 
@@ -67,26 +67,29 @@ class Geometry:
     """Shape of the host tier, the same in the scheduler and on every rank."""
 
     block_size: int  # tokens
-    record_bytes: int  # of one block on one rank
+    record_bytes: int  # of one block on this rank
     num_device_blocks: int
     ranks: int
     groups: KvGroups = field(default_factory=KvGroups)
     shared: bool = False  # all ranks have the same bytes, and use the tiers of the first
+    # Bytes of a record on the ranks of each stage of a pipeline, which has several: layers of their own.
+    stages: tuple[int, ...] = ()
 
     @property
-    def copies(self) -> int:
-        """Records of a block on all ranks together."""
-        return 1 if self.shared else self.ranks
+    def records(self) -> list[int]:
+        """Bytes of a block's records, one a rank that keeps it, in the order of the ranks."""
+        if self.shared:
+            return [self.record_bytes]
+        stages = self.stages or (self.record_bytes,)
+        return [size for size in stages for _ in range(self.ranks // len(stages))]
 
     def host_bytes(self, num_slots: int) -> int:
-        return num_slots * slot_bytes(self.record_bytes) * self.copies
+        return num_slots * host_record_bytes(self.records)
 
 
 def geometry(vllm_config: Any, kv_cache_config: Any) -> Geometry | str:
     """The geometry of an engine's KV cache, or the reason why it can't be cached."""
     parallel = vllm_config.parallel_config
-    if parallel.pipeline_parallel_size > 1:
-        return "pipeline parallelism is not supported yet"
     if getattr(vllm_config.model_config, "enable_sleep_mode", False):
         return "sleep mode, which remaps the KV cache, is not supported yet"
     if any(getattr(parallel, f"{kind}_context_parallel_size", 1) > 1 for kind in ("decode", "prefill")):
@@ -113,14 +116,40 @@ def geometry(vllm_config: Any, kv_cache_config: Any) -> Geometry | str:
     kv_groups = KvGroups(tuple(groups))
     if not kv_groups.single and not compat.takes_back_requests():
         return "hybrid models need vLLM 0.30 or later, which can be told of a failed load of one"
+    record_bytes = _record_bytes(kv_cache_config.kv_cache_groups)
+    stages = _stages(vllm_config, kv_cache_config.kv_cache_groups, record_bytes)
+    if isinstance(stages, str):
+        return stages
     return Geometry(
         block_size=specs[0].block_size,
-        record_bytes=_record_bytes(kv_cache_config.kv_cache_groups),
+        record_bytes=record_bytes,
         num_device_blocks=kv_cache_config.num_blocks,
         ranks=parallel.world_size,
         groups=kv_groups,
-        shared=_same_on_all_ranks(parallel, specs),
+        shared=not stages and _same_on_all_ranks(parallel, specs),
+        stages=stages,
     )
+
+
+def _stages(vllm_config: Any, groups: Sequence[Any], record_bytes: int) -> tuple[int, ...] | str:
+    """Of each stage of a pipeline, the bytes of a record; or why the pipeline can't be cached.
+
+    The scheduler and every rank come to the same sizes by themselves: vLLM tells each of one stage only, so
+    the others follow from how it shares out the layers of a model whose layers are all alike.
+    """
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size == 1:
+        return ()
+    if parallel.distributed_executor_backend != "mp":
+        # Its older Ray executor drops what all stages but the last report: nothing would ever be registered.
+        return "pipeline parallelism is supported with vLLM's executor mp only"
+    if len(groups) > 1:
+        return "pipeline parallelism is not supported yet for models with several groups of KV caches"
+    layers, stage = compat.pipeline_layers(vllm_config)
+    here = len(groups[0].layer_names)
+    if here != layers[stage]:
+        return f"stage {stage} of the pipeline has KV caches of {here} layers, of {layers[stage]} in all"
+    return tuple(record_bytes // here * count for count in layers)
 
 
 def _same_on_all_ranks(parallel: Any, specs: Sequence[Any]) -> bool:

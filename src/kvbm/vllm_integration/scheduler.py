@@ -1,7 +1,7 @@
 """The connector in vLLM's scheduler: vLLM's requests and steps in the leader's words."""
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +33,8 @@ class SchedulerSide:
     """Every method is called by vLLM's scheduler, on its thread, and returns at once.
 
     leader: None where nothing can be cached. events_mode: how to merge KV events with the engine's, if it has
-    any; None: not at all.
+    any; None: not at all. steps_in_flight: how many the ranks may be at while the next is planned, as in a
+    pipeline.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class SchedulerSide:
         block_size: int,
         events_mode: str | None = None,
         groups: KvGroups | None = None,
+        steps_in_flight: int = 1,
     ) -> None:
         self.leader = leader
         self._groups = groups or KvGroups()
@@ -52,8 +54,8 @@ class SchedulerSide:
         # The last offer to vLLM: first block, blocks of use, inside the step?
         self._offered: dict[str, tuple[int, int, bool]] = {}
         self._loading: set[str] = set()  # waiting for their load
-        # Whom the engine is busy with: of the last step, and already chosen for the one being made.
-        self._running: set[str] = set()
+        # Whom the engine is busy with: of the last steps, and already chosen for the one being made.
+        self._running: deque[set[str]] = deque([set()], maxlen=steps_in_flight)
         self._grown: list[str] = []  # who has computed blocks that are not stored
         self._step_blocks = 0  # computed in the last step
         self._block_pool: Any = None
@@ -94,7 +96,9 @@ class SchedulerSide:
         # An engine that has nothing else to do may as well start on the request while it is loaded. All
         # others would stand still meanwhile, so then the request waits and they go on.
         # Where a load may fail for want of a block in some group there is no way back inside a step.
-        in_step = leader.loads_in_step and self._groups.single and not self._running and not self._loading
+        in_step = (
+            leader.loads_in_step and self._groups.single and not any(self._running) and not self._loading
+        )
         self._offered[request.request_id] = (first, useful, in_step)
         return blocks * self._block_size, blocks > 0 and not in_step
 
@@ -127,7 +131,7 @@ class SchedulerSide:
             leader.answered(id_, first, loaded, useful)
         if loaded:
             first, _, in_step = self._offered[id_]
-            (self._running if in_step else self._loading).add(id_)
+            (self._running[-1] if in_step else self._loading).add(id_)
             leader.load(id_, first, loaded, *tables, in_step=in_step)
         else:
             leader.set_table(id_, *tables)
@@ -203,7 +207,7 @@ class SchedulerSide:
                 changed.append(id_)
                 if id_ not in cached.resumed_req_ids:  # their table came with `allocated`
                     leader.extend_table(id_, *self._tables(new_blocks))
-        self._running = set(scheduler_output.num_scheduled_tokens)
+        self._running.append(set(scheduler_output.num_scheduled_tokens))
         if not self._groups.single:  # of some groups vLLM gives up blocks with the next step
             self._store_passing(changed, scheduler_output)
             return orders
@@ -283,7 +287,8 @@ class SchedulerSide:
     def finish(self, request: Any, block_ids: Sequence[Sequence[int]]) -> None:
         """The request has ended and vLLM is about to free its blocks; we keep those that copies read."""
         id_ = request.request_id
-        self._running.discard(id_)
+        for step in self._running:
+            step.discard(id_)
         if self.leader is None or id_ not in self._requests:
             if self.leader is not None and id_ in self._refused:
                 self.leader.ended(id_)
@@ -368,12 +373,14 @@ def make_scheduler_side(vllm_config: Any, kv_cache_config: Any, config: Config) 
         shared=shape.shared,
         groups=shape.groups,
         disk_slots=disk_slots_of(shape, config),
-        disk_record_bytes=disk_record_bytes(shape.record_bytes, shape.copies),
+        disk_record_bytes=disk_record_bytes(shape.records),
         observer=observer,
     )
     events_mode = config.observe.events_mode if config.observe.events and shape.groups.single else None
-    side = SchedulerSide(leader, shape.block_size, events_mode, shape.groups)
-    block_bytes, disk_block_bytes = shape.host_bytes(1), disk_record_bytes(shape.record_bytes, shape.copies)
+    side = SchedulerSide(
+        leader, shape.block_size, events_mode, shape.groups, steps_in_flight=max(1, len(shape.stages))
+    )
+    block_bytes, disk_block_bytes = shape.host_bytes(1), disk_record_bytes(shape.records)
     side.stats = StatsSource(leader, observer.log, block_bytes, disk_block_bytes)
     side.observer = observer
     if config.observe.metrics:
@@ -384,9 +391,9 @@ def make_scheduler_side(vllm_config: Any, kv_cache_config: Any, config: Config) 
 
 def slots_of(shape: Geometry, config: Config) -> int:
     """Blocks of the host tier; CapacityError if the configured size holds none."""
-    return require_host_slots(config, shape.record_bytes, shape.copies)
+    return require_host_slots(config, shape.records)
 
 
 def disk_slots_of(shape: Geometry, config: Config) -> int:
     """Blocks of the disk tier, 0 without one; CapacityError if the configured size holds none."""
-    return require_disk_slots(config, shape.record_bytes, shape.copies)
+    return require_disk_slots(config, shape.records)

@@ -50,6 +50,7 @@ def record_namespace(
             "device": device_fingerprint(next(iter(kv_caches.values())).device),
             "backends": _backends(vllm_config, kv_caches),
             "scales": scales_of(vllm_config, kv_caches),
+            "layers": list(kv_caches),  # those of a stage, of a pipeline
             "tensors": [_tensor(name, tensor, shape, heads) for name, tensor in kv_caches.items()],
             "split": msgspec.to_builtins(heads.split) if heads else None,
         }

@@ -264,7 +264,7 @@ class WorkerSide:
                 num_slots=disk_slots_of(shape, config),
                 namespace=exchange.namespace if exchange else record_namespace(*own, heads),
                 rank=self._rank,
-                ranks=shape.copies,
+                ranks=len(shape.records),
                 replica=compat.replica_of(self._vllm_config.parallel_config),
                 split=heads.split if heads else None,
             )
