@@ -57,7 +57,9 @@ USED = [
     ("v1/kv_cache_interface.py", "KVCacheGroupSpec", "layer_names kv_cache_spec"),
     ("v1/kv_cache_interface.py", "KVCacheSpec", "block_size page_size_bytes"),
     ("config/kv_transfer.py", "KVTransferConfig", "kv_connector_extra_config kv_load_failure_policy"),
-    ("config/parallel.py", "ParallelConfig", "rank world_size pipeline_parallel_size tensor_parallel_size"),
+    ("config/parallel.py", "ParallelConfig", "rank world_size pipeline_parallel_size tensor_parallel_size "
+     "distributed_executor_backend"),
+    ("config/model.py", "ModelConfig", "get_total_num_hidden_layers"),
     ("config/cache.py", "CacheConfig", "cache_dtype"),
     ("lora/request.py", "LoRARequest", "lora_name lora_int_id lora_path load_inplace adapter_id name"),
 ]  # fmt: skip
