@@ -73,6 +73,8 @@ class LateCopyEngine(LazyCopyEngine):
 
     def start_onboard(self, device_blocks: Any, host_slots: Any, after: object = None) -> Transfer:
         self.fill(device_blocks)  # nobody may read them yet
+        if self.chance.random() < 0.1:
+            raise OSError("injected")
         return Later(self.chance, self.onboard, device_blocks, host_slots, after)
 
 
