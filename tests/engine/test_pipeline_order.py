@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_no_rank_ever_reads_what_is_not_there(
     model: Path, monkeypatch: pytest.MonkeyPatch, stages: int, shards: int, asynchronous: bool
 ) -> None:
-    """Every rank looks, before it computes, whether the KV of all earlier tokens is there. Some loads fail."""
+    """Each rank looks, before it computes, whether the KV of earlier tokens is there. Some loads fail."""
     seed = 10 * stages + shards
     pipeline = Pipeline(model, seed, monkeypatch, stages=stages, shards=shards, asynchronous=asynchronous)
     chance, leader = pipeline.chance, pipeline.leader

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+import kvbm.memory
 import kvbm.transfer.arena
 from kvbm.errors import CapacityError
+from kvbm.memory import HUGE_PAGE
 from kvbm.transfer.arena import (
     RECORD_ALIGNMENT,
     HostArena,
@@ -143,7 +146,7 @@ def test_touch_takes_just_these_slots(
     first: int, last: int, knows_populate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not knows_populate:  # as before Linux 5.14
-        monkeypatch.setattr(kvbm.transfer.arena, "_MADV_POPULATE_WRITE", 9999)
+        monkeypatch.setattr(kvbm.memory, "_MADV_POPULATE_WRITE", 9999)
     arena = small_pages(10, 2 * 4096 + 1, monkeypatch)
     arena.touch(first, last)
     assert taken(arena) == (last - first) * arena.slot_bytes
@@ -157,6 +160,71 @@ def test_touch_lets_other_slots_be() -> None:
     arena.touch(2, 4)
     assert (arena.slots[[0, 1, 4, 5]] == 7).all()
     arena.close()
+
+
+def in_huge_pages(arena: HostArena) -> int:
+    """Bytes of the arena that this process has mapped as huge pages."""
+    begin = f"{arena.address:x}-"
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    next(line for line in lines if line.startswith(begin))
+    return 1024 * int(next(line for line in lines if line.startswith("ShmemPmdMapped")).split()[1])
+
+
+@pytest.mark.parametrize("record_bytes", [2**20, 2**21, 2**21 + 4096, 3 * 2**19])
+def test_touched_memory_lies_in_huge_pages(record_bytes: int) -> None:
+    arena = HostArena(24, record_bytes)
+    assert arena.address % HUGE_PAGE == 0
+    arena.touch(0, 8)
+    if not arena._collapses:
+        pytest.skip("this system gives no huge pages for shared memory")
+    assert in_huge_pages(arena) == 8 * arena.slot_bytes // HUGE_PAGE * HUGE_PAGE
+    arena.slots[:8] = 1
+    arena.touch(8, 24)  # where the two parts meet in one page, it stays in small ones
+    assert in_huge_pages(arena) >= 24 * arena.slot_bytes - 3 * HUGE_PAGE
+    assert (arena.slots[:8] == 1).all()
+    assert not arena.slots[8:].any()
+    arena.close()
+
+
+def test_a_system_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked once, and the memory is taken all the same."""
+    monkeypatch.setattr(kvbm.memory, "_MADV_COLLAPSE", 9999)
+    asked: list[int] = []
+    real = kvbm.transfer.arena.collapse
+    monkeypatch.setattr(
+        kvbm.transfer.arena, "collapse", lambda unused: (asked.append(len(unused)), real(unused))[1]
+    )
+    arena = HostArena(12, 2**21)
+    arena.touch(0, 4)
+    arena.touch(4, 12)
+    assert asked == [4]
+    assert taken(arena) == 12 * 2**21
+    arena.close()
+
+
+def test_memory_that_may_not_be_reserved_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = descriptors()
+    monkeypatch.setattr(kvbm.memory, "_map_at_huge_page", lambda fd, size: (_ for _ in ()).throw(OSError(12)))
+    arena = HostArena(3, 2**21)
+    arena.touch(0, 3)
+    arena.records()[:] = 5
+    arena.close()
+    assert descriptors() == before
+
+
+def mapped_kb() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE // 1024
+
+
+def test_what_is_reserved_goes_with_the_last_view() -> None:
+    arena = HostArena(64, 2**21)
+    kept = arena.records()[3]
+    with_it = mapped_kb()
+    arena.close()
+    kept[:] = 1
+    assert mapped_kb() == with_it
+    del kept
+    assert mapped_kb() <= with_it - 128 * 1024
 
 
 def huge_pages(free: int, kilobytes: int = 2048) -> str:
@@ -186,7 +254,7 @@ class Maps:
         monkeypatch.setattr(kvbm.transfer.arena, "_map", self)
         monkeypatch.setattr(kvbm.transfer.arena, "_reserved_huge_pages", lambda root: (2**21, free))
 
-    def __call__(self, size: int, flags: int = 0) -> tuple[int, mmap.mmap]:
+    def __call__(self, size: int, flags: int = 0) -> tuple[int, NDArray[np.uint8]]:
         huge = bool(flags & os.MFD_HUGETLB)
         self.asked.append((size, huge))
         if huge and self.refused is not None:

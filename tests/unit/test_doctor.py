@@ -141,6 +141,23 @@ def test_huge_pages(tree: Any, pages: tuple[int, int], shmem: str | None, state:
     assert bool(found.to_do) == bool(to_do)
 
 
+@pytest.mark.parametrize(
+    ("linux", "choice", "state"),
+    [
+        ("6.1.0-13-amd64", "never", State.OK),
+        ("6.18.44", "never", State.OK),
+        ("6.1.0", "deny", State.ADVICE),
+        ("5.15.0-91-generic", "never", State.ADVICE),
+        ("10.0-rc1", "never", State.OK),
+        ("none", "never", State.ADVICE),
+    ],
+)
+def test_huge_pages_that_kvbm_asks_for(tree: Any, linux: str, choice: str, state: State) -> None:
+    files = {SHMEM: CHOICES.replace("[never]", "never").replace(choice, f"[{choice}]")}
+    root = tree({**meminfo(64, 0, 0), **files, "proc/sys/kernel/osrelease": linux})
+    assert memory.check_huge_pages(config(host__cache_gb=4), root).state == state
+
+
 def test_huge_pages_of_a_system_that_tells_nothing(tmp_path: Path) -> None:
     assert memory.check_huge_pages(config(host__cache_gb=4), tmp_path).to_do == ""
 

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "kvbm"
 
-BASE = {"config", "settings", "errors"}
+BASE = {"config", "settings", "errors", "memory"}
 BELOW_INTEGRATIONS = BASE | {"logic", "transfer", "storage", "observe", "runtime"}
 ENGINES = {
     "vllm_integration": "vllm",
@@ -19,6 +19,7 @@ ENGINES = {
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "settings": set(),
+    "memory": set(),
     "config": {"settings", "errors"},
     "logic": BASE,
     "transfer": BASE,

@@ -51,6 +51,7 @@ class Ours:
     ) -> None:
         self.records = records
         self.arena = HostArena(min(arena_records, records), record_bytes)
+        self.arena.touch(0, self.arena.num_slots)  # as on a GPU
         self.arena.slots[:] = np.random.default_rng(0).integers(0, 256, self.arena.slots.shape, np.uint8)
         ensure_room([folder], records, stride_of(self.arena.slot_bytes), 0)
         self.client = StorageClient(

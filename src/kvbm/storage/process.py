@@ -7,7 +7,6 @@ socket is closed then.
 
 import contextlib
 import logging
-import mmap
 import os
 import select
 import socket
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm.errors import DamagedRecordError, StorageError
+from kvbm.memory import map_shared
 from kvbm.storage.backends import open_store
 from kvbm.storage.messages import (
     MAX_MESSAGE,
@@ -253,7 +253,7 @@ def serve(arena_fd: int, channel: Channel) -> None:
     """Until the worker is gone."""
     options = channel.options()
     size = options.host_slots * options.slot_bytes
-    memory = np.frombuffer(mmap.mmap(arena_fd, size), np.uint8, size)
+    memory = map_shared(arena_fd, size)
     try:
         for folder in options.folders:
             Path(folder).mkdir(parents=True, exist_ok=True)

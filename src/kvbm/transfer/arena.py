@@ -4,10 +4,6 @@ An anonymous shared mapping (memfd): a process that inherits its descriptor, or 
 the same bytes, nothing appears in a file system, and nothing is left behind when the engine is killed.
 """
 
-import contextlib
-import ctypes
-import errno
-import mmap
 import os
 import weakref
 from dataclasses import dataclass
@@ -17,9 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm.errors import CapacityError, LayoutError
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_MADV_POPULATE_WRITE = 23
+from kvbm.memory import collapse, map_shared, populate
 
 RECORD_ALIGNMENT = 4096  # a record is one O_DIRECT-capable I/O on the tiers below
 
@@ -42,7 +36,8 @@ class ArenaHandle:
 class HostArena:
     """`num_slots` records of `record_bytes` each; pages are taken from the system when first written.
 
-    In reserved huge pages where enough are free, else in transparent ones where the system gives them.
+    In reserved huge pages where enough are free, else in transparent ones where the system gives them, which
+    it does more readily to what is touched before its use.
     same_as: another process's arena of the same size, to use its memory; LayoutError where it can't be had.
     """
 
@@ -53,15 +48,14 @@ class HostArena:
         size = num_slots * self.slot_bytes
         with_checksums = size + 8 * num_slots
         if same_as is not None:
-            self.fd, self._mapping = _attach(same_as, with_checksums)
+            self.fd, memory = _attach(same_as, with_checksums)
         else:
-            self.fd, self._mapping = _map_huge_pages(with_checksums) or _map(with_checksums)
+            self.fd, memory = _map_huge_pages(with_checksums) or _map(with_checksums)
         self._close_fd = weakref.finalize(self, os.close, self.fd)  # also where nobody calls `close`
-        self.slots: NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8, size).reshape(
-            num_slots, self.slot_bytes
-        )
+        self._collapses = True
+        self.slots: NDArray[np.uint8] = memory[:size].reshape(num_slots, self.slot_bytes)
         # Beside the records: whoever shares them has to be able to check them.
-        self.checksums: NDArray[np.uint64] = np.frombuffer(self._mapping, np.uint64, num_slots, size)
+        self.checksums: NDArray[np.uint64] = memory[size:with_checksums].view(np.uint64)
 
     @property
     def handle(self) -> ArenaHandle:
@@ -82,44 +76,30 @@ class HostArena:
 
         OSError when there is none.
         """
-        start = self.address + first * self.slot_bytes
-        size = (last - first) * self.slot_bytes
-        page = mmap.PAGESIZE
-        aligned = start // page * page
-        status = _libc.madvise(
-            ctypes.c_void_p(aligned), ctypes.c_size_t(start + size - aligned), _MADV_POPULATE_WRITE
-        )
-        if not status:
-            return
-        error = ctypes.get_errno()
-        if error != errno.EINVAL:  # no memory: to write there would kill the process
-            raise OSError(error, os.strerror(error))
-        self.slots[first:last, ::page] = 0  # Linux before 5.14
+        unused = self.slots[first:last]
+        if self._collapses:  # where it once did not, it would be tried in vain and at length
+            self._collapses = collapse(unused)
+        populate(unused)
 
     def close(self) -> None:
         """Give the memory back once no view of it is left."""
         del self.slots, self.checksums
-        with contextlib.suppress(BufferError):  # a caller still holds a view: the mapping goes with it
-            self._mapping.close()
         self._close_fd()
 
 
-def _map(size: int, flags: int = 0) -> tuple[int, mmap.mmap]:
+def _map(size: int, flags: int = 0) -> tuple[int, NDArray[np.uint8]]:
     fd = os.memfd_create("kvbm-host-arena", os.MFD_CLOEXEC | flags)
     try:
         os.ftruncate(fd, size)
-        mapping = mmap.mmap(fd, size)
+        return fd, map_shared(fd, size)
     except (OSError, ValueError, OverflowError) as error:
         os.close(fd)
         raise CapacityError(
             f"The host tier of {size / 1e9:.2f} GB can't be mapped: {error}. Lower DYN_KVBM_CPU_CACHE_GB."
         ) from error
-    with contextlib.suppress(OSError):  # a kernel without transparent huge pages
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    return fd, mapping
 
 
-def _attach(handle: ArenaHandle, size: int) -> tuple[int, mmap.mmap]:
+def _attach(handle: ArenaHandle, size: int) -> tuple[int, NDArray[np.uint8]]:
     try:
         fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -128,16 +108,13 @@ def _attach(handle: ArenaHandle, size: int) -> tuple[int, mmap.mmap]:
         stat = os.fstat(fd)
         if (stat.st_dev, stat.st_ino) != (handle.device, handle.inode) or stat.st_size < size:
             raise LayoutError(f"Process {handle.pid} has no host tier of {size} bytes any more.")
-        mapping = mmap.mmap(fd, stat.st_size)
+        return fd, map_shared(fd, stat.st_size)
     except BaseException:
         os.close(fd)
         raise
-    with contextlib.suppress(OSError):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    return fd, mapping
 
 
-def _map_huge_pages(size: int) -> tuple[int, mmap.mmap] | None:
+def _map_huge_pages(size: int) -> tuple[int, NDArray[np.uint8]] | None:
     page, free = _reserved_huge_pages(Path("/"))
     pages = -(-size // page) if page else 0
     if not pages or pages > free:

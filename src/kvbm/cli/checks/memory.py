@@ -132,6 +132,8 @@ def check_huge_pages(config: Config, root: Path = Path("/")) -> Finding:
         return Finding(name, State.OK, found)
     if transparent in ("always", "within_size", "advise", "force"):
         return Finding(name, State.OK, found)
+    if transparent == "never" and _linux(root) >= (6, 1):
+        return Finding(name, State.OK, f"{found}, but KVBM asks for them itself where it pins memory")
     to_do = f"As root: echo advise > /{_SHMEM_HUGE}" if transparent else ""
     if wanted:
         to_do += f"{'; or reserve' if to_do else 'As root, reserve'} them: sysctl vm.nr_hugepages={wanted}"
@@ -141,6 +143,11 @@ def check_huge_pages(config: Config, root: Path = Path("/")) -> Finding:
         found,
         f"{to_do}. Small pages work; they take longer to touch and to pin." if to_do else "",
     )
+
+
+def _linux(root: Path) -> tuple[int, ...]:
+    found = re.match(r"(\d+)\.(\d+)", read(root / "proc/sys/kernel/osrelease") or "")
+    return tuple(map(int, found.groups())) if found else (0, 0)
 
 
 def _transparent(root: Path) -> str | None:
