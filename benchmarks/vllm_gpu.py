@@ -67,7 +67,7 @@ DISK_HOST_GB = 4.5  # two of the prompts that lie on disk
 class Engine:
     """One engine under measurement. Times in seconds."""
 
-    def __init__(self, name: str, mode: str, host_gb: float) -> None:
+    def __init__(self, name: str, mode: str, host_gb: float, **options: Any) -> None:
         from vllm import SamplingParams
         from vllm.config import KVTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -96,14 +96,17 @@ class Engine:
         start = time.perf_counter()
         self.llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
-                model=str(folder),
-                load_format="dummy",
-                skip_tokenizer_init=True,
-                max_model_len=36864,
-                num_gpu_blocks_override=DEVICE_BLOCKS,
-                enforce_eager=mode == "eager",
-                enable_prefix_caching=True,
-                kv_transfer_config=KVTransferConfig(**connector) if connector else None,
+                **{
+                    "model": str(folder),
+                    "load_format": "dummy",
+                    "skip_tokenizer_init": True,
+                    "max_model_len": 36864,
+                    "num_gpu_blocks_override": DEVICE_BLOCKS,
+                    "enforce_eager": mode == "eager",
+                    "enable_prefix_caching": True,
+                    "kv_transfer_config": KVTransferConfig(**connector) if connector else None,
+                    **options,
+                }
             )
         )
         self.start_s = time.perf_counter() - start
