@@ -1,4 +1,4 @@
-"""vLLM connectors to measure against: one that does nothing, and KVBM's with a clock in every hook."""
+"""vLLM connectors to measure against: one that does nothing; KVBM's with a clock in each hook; without copies."""
 
 import functools
 import json
@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from typing import Any
 
+import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata
 
 from kvbm.vllm_integration.connector import DynamoConnector
@@ -79,3 +80,19 @@ class TimedConnector(DynamoConnector):
 
 for _name in _HOOKS:
     setattr(TimedConnector, _name, _timed(_name))
+
+
+class NoCopiesConnector(DynamoConnector):
+    """KVBM, but offloads are over as soon as they are ordered and move nothing: for cold prompts only."""
+
+    def register_kv_caches(self, kv_caches: Any) -> None:
+        from kvbm.transfer.cuda.engine import CudaCopyEngine, CudaTransfer
+
+        super().register_kv_caches(kv_caches)  # with its round trip
+
+        def start_offload(*_: Any, **__: Any) -> CudaTransfer:
+            over = torch.cuda.Event(blocking=True)
+            over.record()
+            return CudaTransfer(over)
+
+        CudaCopyEngine.start_offload = start_offload

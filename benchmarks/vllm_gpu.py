@@ -60,6 +60,7 @@ CONNECTORS: dict[str, dict[str, Any] | None] = {
     "disk-always": KVBM,
     "null": {**BENCH, "kv_connector": "NullConnector"},
     "timed": {**BENCH, "kv_connector": "TimedConnector"},
+    "no-copies": {**BENCH, "kv_connector": "NoCopiesConnector"},
 }
 DISK_HOST_GB = 4.5  # two of the prompts that lie on disk
 

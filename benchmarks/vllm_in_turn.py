@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What KVBM costs a request that finds nothing: two real vLLM on one GPU, asked in turn.
+"""What KVBM costs a request that finds nothing: several real vLLM on one GPU, asked in turn.
 
-    PYTHONPATH=. python benchmarks/vllm_in_turn.py [--engines none kvbm] [--repeats 15] [--json FILE]
+    PYTHONPATH=. python benchmarks/vllm_in_turn.py [--engines none null kvbm] [--repeats 15] [--json FILE]
 
-`vllm_gpu.py` measures one engine after the other, and a machine changes by more than the half percent that is
-in question. Here both engines live at once, each in a process of its own, and every prompt goes to one and then
-to the other, in random order, while the other is idle. Figures: time to the first token (TTFT), cold and found
-on the device, its median and least, and the median of the differences pair by pair with the interval that holds
-the true median with 95 % (by order statistics).
+`vllm_gpu.py` measures one engine after the other, and a machine changes by more than the half percent that
+is in question. Here all engines live at once, each in a process of its own, and every prompt goes to one after
+the other, in random order, while the others are idle. Figures: time to the first token (TTFT), cold and found
+on the device, its median and least; and of each engine's differences to the first engine, prompt by prompt,
+the median with the interval that holds the true median with 95 % (by order statistics).
 """
 
 import argparse
@@ -26,8 +26,8 @@ import numpy as np
 
 from benchmarks.vllm_gpu import SIZES, Engine, expect_cached, random_prompt
 
-DEVICE_BLOCKS = 3000  # a prompt of 32k tokens, and room
-SHARE = 0.4  # of the GPU's memory for each engine
+DEVICE_BLOCKS = 2400  # a prompt of 32k tokens, and room
+SHARE = 0.3  # of the GPU's memory for each engine
 
 
 class Side:
@@ -35,7 +35,7 @@ class Side:
 
     def __init__(self, name: str, mode: str, host_gb: float) -> None:
         self.name = name
-        command = [sys.executable, __file__, "--child", name, mode, str(host_gb)]
+        command = [sys.executable, sys.argv[0], "--child", name, mode, str(host_gb)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, **order: Any) -> Any:
@@ -61,32 +61,31 @@ async def child(name: str, mode: str, host_gb: float) -> None:
         order = json.loads(line)
         prompt = random_prompt(np.random.default_rng(order["seed"]), order["tokens"])
         await engine.wake_up()
-        answers = [await engine.ask(prompt) for _ in range(2)]  # cold, and found on the device
-        for answer, least in zip(answers, (0, order["tokens"] - 32), strict=True):
-            expect_cached(answer, least, least and order["tokens"])
+        cold = await engine.ask(prompt)
         await asyncio.sleep(0.3)  # offloads are over
+        await engine.wake_up()
+        device = await engine.ask(prompt)
         await engine.empty_device()
-        print("answer", json.dumps([1e3 * answer["ttft"] for answer in answers]), flush=True)
+        expect_cached(cold, 0, 0)
+        expect_cached(device, order["tokens"] - 32, order["tokens"])
+        print("answer", json.dumps([1e3 * cold["ttft"], 1e3 * device["ttft"]]), flush=True)
 
 
-def differences(pairs: list[tuple[float, float]]) -> dict[str, Any]:
-    """Of the second over the first, and where its median lies with 95 % (a sign test's interval)."""
-    gaps = sorted(second - first for first, second in pairs)
+def compared(first: list[float], other: list[float]) -> dict[str, Any]:
+    """The other over the first, and where the median of that lies with 95 % (a sign test's interval)."""
+    gaps = sorted(mine - base for base, mine in zip(first, other, strict=True))
     count, outside = len(gaps), 0
     tail = 0.5**count
     while tail + math.comb(count, outside + 1) * 0.5**count <= 0.025:
         outside += 1
         tail += math.comb(count, outside) * 0.5**count
-    first, second = (list(side) for side in zip(*pairs, strict=True))
+    found = [statistics.median(gaps), gaps[outside], gaps[-1 - outside]]
     base = statistics.median(first)
     return {
-        "median": [round(base, 2), round(statistics.median(second), 2)],
-        "least": [round(min(first), 2), round(min(second), 2)],
-        "difference": round(statistics.median(gaps), 2),
-        "difference, 95 %": [round(gaps[outside], 2), round(gaps[-1 - outside], 2)],
-        "percent": round(100 * statistics.median(gaps) / base, 2),
-        "percent, 95 %": [round(100 * gaps[i] / base, 2) for i in (outside, -1 - outside)],
-        "all": [[round(value, 2) for value in side] for side in (first, second)],
+        "median": round(statistics.median(other), 2),
+        "least": round(min(other), 2),
+        "over the first: median, 95 %": [round(gap, 2) for gap in found],
+        "the same in percent": [round(100 * gap / base, 2) for gap in found],
     }
 
 
@@ -94,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--engines", nargs=2, default=["none", "kvbm"], help="as of vllm_gpu.py")
+    parser.add_argument("--engines", nargs="+", default=["none", "null", "kvbm"], help="as of vllm_gpu.py")
     parser.add_argument("--mode", default="graphs", choices=["eager", "graphs"])
     parser.add_argument("--host-gb", type=float, default=10.0)
     parser.add_argument("--repeats", type=int, default=15)
@@ -113,16 +112,18 @@ def main() -> None:
             for side in sides:
                 side.ask(seed=tokens, tokens=tokens)
         for size, tokens in SIZES.items():
-            pairs: dict[str, list[tuple[float, float]]] = {"cold": [], "device": []}
+            times: list[list[list[float]]] = [[] for _ in sides]  # by engine and repeat: cold, device
             for repeat in range(arguments.repeats):
-                seen: dict[int, list[float]] = {}
-                for which in order.sample(range(2), 2):
-                    seen[which] = sides[which].ask(seed=1000 * repeat + tokens, tokens=tokens)
-                for where, (first, second) in zip(pairs, zip(seen[0], seen[1], strict=True), strict=True):
-                    pairs[where].append((first, second))
-            results[size] = {where: differences(found) for where, found in pairs.items()}
-            for where, row in results[size].items():
-                print(size, where, {key: row[key] for key in row if key != "all"}, flush=True)
+                for which in order.sample(range(len(sides)), len(sides)):
+                    seed = 10**6 * (repeat + 1) + tokens
+                    times[which].append(sides[which].ask(seed=seed, tokens=tokens))
+            results[size] = {}
+            for i, where in enumerate(("cold", "device")):
+                columns = [[row[i] for row in rows] for rows in times]
+                for side, column in zip(sides, columns, strict=True):
+                    row = compared(columns[0], column)
+                    print(size, where, side.name, row, flush=True)
+                    results[size][f"{where}, {side.name}"] = {**row, "all": [round(ms, 2) for ms in column]}
     finally:
         for side in sides:
             side.close()
