@@ -1,4 +1,4 @@
-"""vLLM connectors to measure against: one that does nothing; KVBM's with a clock in each hook; without copies."""
+"""vLLM connectors to compare: one that does nothing, KVBM with a clock in each hook or without copies."""
 
 import functools
 import json

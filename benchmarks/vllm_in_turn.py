@@ -4,7 +4,7 @@
     PYTHONPATH=. python benchmarks/vllm_in_turn.py [--engines none null kvbm] [--repeats 15] [--json FILE]
 
 `vllm_gpu.py` measures one engine after the other, and a machine changes by more than the half percent that
-is in question. Here all engines live at once, each in a process of its own, and every prompt goes to one after
+is in question. Here all engines live at once, each in a process of its own; every prompt goes to one after
 the other, in random order, while the others are idle. Figures: time to the first token (TTFT), cold and found
 on the device, its median and least; and of each engine's differences to the first engine, prompt by prompt,
 the median with the interval that holds the true median with 95 % (by order statistics).

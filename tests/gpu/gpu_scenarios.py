@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tests.engine import features
 from tests.engine.scenarios import copy_engine
 
 _COUNTS = {"in step": 0}
@@ -24,3 +25,8 @@ def in_step_loads(llm: Any) -> int:
 
 def blocks_are_contiguous(llm: Any) -> bool:
     return copy_engine(llm)._pieces.contiguous
+
+
+def seed_weights() -> None:
+    """Before the start: made-up weights with which an answer depends on its prompt."""
+    features._seed_weights(3)

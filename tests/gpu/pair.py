@@ -22,7 +22,9 @@ OPTIONS = {
     "max_model_len": 18432,
     "num_gpu_blocks_override": DEVICE_BLOCKS,
     "max_num_seqs": 64,
-    "gpu_memory_utilization": 0.5,
+    # Fixed, not measured: several engines start on one GPU at the same time.
+    "kv_cache_memory_bytes": 4 << 30,
+    "gpu_memory_utilization": 0.2,
 }
 ENV = {"VLLM_BATCH_INVARIANT": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
 HOST = {"DYN_KVBM_CPU_CACHE_GB": "12"}
@@ -35,8 +37,8 @@ class Pair:
         common = {**OPTIONS, "enforce_eager": mode == "eager", **options}
         self._start = lambda: Engine(model, kvbm={}, env={**ENV, **HOST, **env}, **common)
         self.engine = self._start()
-        self.engine.wait_ready()
         self._plain = Engine(model, env=ENV, enable_prefix_caching=False, **common)
+        self.engine.wait_ready()
         self._known: dict[Ask, list[int]] = {}
 
     def right(self, asks: Sequence[Ask]) -> list[list[int]]:

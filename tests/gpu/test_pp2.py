@@ -25,6 +25,7 @@ def pair(shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
     pair.close()
 
 
+@pytest.mark.feature("Pipeline parallel")
 def test_from_the_host(pair: Pair) -> None:
     asks = [Ask(prompt(3000 + i, 200 + 333 * i), 24) for i in range(6)]
     cold = pair.engine.call(scenarios.run, asks)
@@ -57,6 +58,7 @@ def test_preemption(pair: Pair) -> None:
     assert (again.after.pins, again.after.followed) == (0, 0)
 
 
+@pytest.mark.feature("Disk tier")
 def test_after_a_restart(pair: Pair) -> None:
     asks = [Ask(prompt(3300 + i, 200 + 333 * i), 24) for i in range(4)]
     pair.engine.call(disk.store, asks)

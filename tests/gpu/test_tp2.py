@@ -22,7 +22,13 @@ def latent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["heads", "latent"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("heads", marks=pytest.mark.feature("Tensor parallel")),
+        pytest.param("latent", marks=pytest.mark.feature("MLA: one copy for all tensor-parallel ranks")),
+    ],
+)
 def pair(request: pytest.FixtureRequest, shallow: Path, latent: Path) -> Iterator[Pair]:
     pair = Pair(shallow if request.param == "heads" else latent, "eager", {}, tensor_parallel_size=2)
     yield pair

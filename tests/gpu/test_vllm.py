@@ -28,6 +28,7 @@ def pair(model: Path, mode: str) -> Iterator[Pair]:
     pair.close()
 
 
+@pytest.mark.feature("Prompts (MHA, GQA)")
 def test_one_after_the_other(pair: Pair) -> None:
     """Each finds the engine idle: loaded inside the step, layer by layer."""
     pair.engine.call(gpu_scenarios.count_in_step_loads)
@@ -52,6 +53,7 @@ def test_many_at_once(pair: Pair) -> None:
     assert (host.after.pins, host.after.followed) == (0, 0)
 
 
+@pytest.mark.feature("Replies, as the prompt of the next turn")
 def test_replies_are_found_in_the_next_turn(pair: Pair) -> None:
     first = [Ask(prompt(200 + i, 500 + 91 * i), 50) for i in range(6)]
     turn1 = pair.engine.call(scenarios.run_again, first)
@@ -86,6 +88,7 @@ def test_long_suffix_behind_a_loaded_prefix(pair: Pair) -> None:
     assert ran.tokens == pair.right(asks)
 
 
+@pytest.mark.feature("cache_salt")
 def test_salts_do_not_share(pair: Pair) -> None:
     asks = [Ask(prompt(600, 800), 8, salt) for salt in ("a", "b")]
     pair.engine.call(scenarios.run_again, asks[:1])
@@ -96,6 +99,7 @@ def test_salts_do_not_share(pair: Pair) -> None:
     assert [same.tokens, other.tokens] == [pair.right(asks[:1])] * 2
 
 
+@pytest.mark.feature("Preemption")
 def test_preemption(pair: Pair) -> None:
     """More requests than the device holds: some lose their blocks, and get them back from the host."""
     asks = [Ask(prompt(700 + i, 400 + 13 * i), 150) for i in range(40)]

@@ -1,6 +1,7 @@
 """The connector on a vLLM worker: orders to the copy threads, their completions back to vLLM."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,10 @@ from kvbm.vllm_integration.split import find_split
 from kvbm.vllm_integration.weights import HeadSplit, record_namespace
 
 logger = logging.getLogger(__name__)
+
+# In a step that computes nothing, which may be the first after a request's end: the thread that sends its last
+# token needs the GIL, which ordering the offload of what it computed would keep from it.
+_LET_TOKEN_GO_S = 1e-4
 
 
 @dataclass(slots=True)
@@ -112,13 +117,15 @@ class WorkerSide:
         self.start_loads()
         self.end_loads()
         self._orders = orders
+        self._computes = orders.tokens > 0
+        if orders.operations and not self._computes:
+            time.sleep(_LET_TOKEN_GO_S)
         self._submit(Direction.OFFLOAD)
         if self._worker is not None:
             self._worker.cancel(orders.cancel)  # may name what was ordered and given up in one step
             if orders.forget or orders.forget_all:
                 self._worker.forget_on_disk(np.array(orders.forget, np.int32), orders.forget_all)
         self._timed = orders.timed and self._rank == 0
-        self._computes = orders.tokens > 0
 
     def start_loads(self, *, by_layer: bool = False) -> None:
         """by_layer: the forward pass that follows calls `before_layer`."""
