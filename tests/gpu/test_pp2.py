@@ -14,7 +14,10 @@ from tests.engine.disk_tools import settings
 from tests.engine.scenarios import Ask
 from tests.gpu.pair import Pair, full, prompt
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600), pytest.mark.usefixtures("two_gpus")]
+pytestmark = [
+    *(pytest.mark.gpu, pytest.mark.timeout(600), pytest.mark.usefixtures("two_gpus")),
+    pytest.mark.feature("Pipeline parallel"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,6 @@ def pair(shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
     pair.close()
 
 
-@pytest.mark.feature("Pipeline parallel")
 def test_from_the_host(pair: Pair) -> None:
     asks = [Ask(prompt(3000 + i, 200 + 333 * i), 24) for i in range(6)]
     cold = pair.engine.call(scenarios.run, asks)
@@ -58,7 +60,6 @@ def test_preemption(pair: Pair) -> None:
     assert (again.after.pins, again.after.followed) == (0, 0)
 
 
-@pytest.mark.feature("Disk tier")
 def test_after_a_restart(pair: Pair) -> None:
     asks = [Ask(prompt(3300 + i, 200 + 333 * i), 24) for i in range(4)]
     pair.engine.call(disk.store, asks)
