@@ -1,8 +1,8 @@
 """Rows of docs/support.md that a GPU changes: other numbers, other kernels, other tiers.
 
-Small models with made-up weights. vLLM runs in its batch-invariant mode, so that the answers of cold prompts,
-device hits and host hits can be compared token for token; only with KV in fp8 without it, where a host hit is
-compared with a device hit of the same request, which is the same computation.
+Small models with made-up weights, by which an answer depends on its whole prompt, and on how kernels round. So a
+host hit is compared with a device hit of the same request, alone in the engine: the same computation, but for
+where the blocks came from.
 
 python scripts/support_matrix.py run -m gpu tests/gpu/test_features.py
 """
@@ -22,7 +22,7 @@ from tests.engine.latent_model import CONFIG as LATENT
 from tests.engine.scenarios import Ask
 from tests.engine.small_models import write_adapter
 from tests.gpu import gpu_scenarios
-from tests.gpu.pair import BLOCK, ENV
+from tests.gpu.pair import BLOCK
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
 
@@ -37,7 +37,7 @@ OPTIONS: dict[str, Any] = {
     "kv_cache_memory_bytes": 1 << 30,
     "gpu_memory_utilization": 0.1,
 }
-HOST = {"DYN_KVBM_CPU_CACHE_GB": "1"}
+ENV = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "DYN_KVBM_CPU_CACHE_GB": "1"}
 COMMON = {"vocab_size": 32000, "max_position_embeddings": 8192, "torch_dtype": "bfloat16"}
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 512, "head_dim": 64,
@@ -59,8 +59,8 @@ def prompt(seed: int, tokens: int) -> tuple[int, ...]:
     return tuple(rng.randrange(10, COMMON["vocab_size"]) for _ in range(tokens))
 
 
-def served(engine: Engine, query: Query, *, exact: bool = True) -> tuple[int, ...]:
-    """The answer to a query that is cold (the same if exact), then on the device, then in the host tier."""
+def served(engine: Engine, query: Query) -> tuple[int, ...]:
+    """The answer to a query that is cold, then found on the device, then in the host tier."""
     cold = engine.call(features.run, [query])
     assert (cold.cached, cold.onboarded) == ([0], 0)
     device = engine.call(features.run, [query])
@@ -70,7 +70,6 @@ def served(engine: Engine, query: Query, *, exact: bool = True) -> tuple[int, ..
     # With EAGLE, vLLM computes the last block of a device hit anew, or takes it from us.
     assert device.device_hits == device.cached[0] - device.onboarded * BLOCK >= device.cached[0] - BLOCK
     assert host.tokens == device.tokens
-    assert cold.tokens == host.tokens or not exact
     assert (host.after.failures, host.after.not_cached, host.after.off_reason) == ({}, {}, None)
     return tuple(host.tokens[0])
 
@@ -86,12 +85,10 @@ def served(engine: Engine, query: Query, *, exact: bool = True) -> tuple[int, ..
     ids=["float16", "bfloat16", "fp8", "latent"],
 )
 def test_numbers_and_kernels(tmp_path: Path, options: dict[str, Any], config: dict[str, Any]) -> None:
-    exact = "kv_cache_dtype" not in options
-    env = {**HOST, **(ENV if exact else {})}
-    with Engine(write(tmp_path, config), kvbm={}, env=env, **{**OPTIONS, **options}) as engine:
+    with Engine(write(tmp_path, config), kvbm={}, env=ENV, **{**OPTIONS, **options}) as engine:
         engine.wait_ready()
         queries = [Query(prompt(4000 + size, size), {"max_tokens": 24}) for size in (100, 1000, 3001)]
-        answers = {served(engine, query, exact=exact) for query in queries}
+        answers = {served(engine, query) for query in queries}
         assert len(answers) == 3, "answers that are all alike prove nothing"
 
 
@@ -109,7 +106,7 @@ def test_speculation(tmp_path: Path, method: str) -> None:
         draft = write(tmp_path / "draft", {**LLAMA, "num_hidden_layers": 1})
         speculation = {"method": "eagle", "model": str(draft), "num_speculative_tokens": 3}
     options = {**OPTIONS, "speculative_config": speculation}
-    with Engine(write(tmp_path, LLAMA), kvbm={}, env={**ENV, **HOST}, **options) as engine:
+    with Engine(write(tmp_path, LLAMA), kvbm={}, env=ENV, **options) as engine:
         engine.wait_ready()
         first = Query(prompt(4100, 40) * 8, {"max_tokens": 90})
         reply = served(engine, first)
@@ -128,7 +125,7 @@ def test_adapters(tmp_path: Path) -> None:
     folders = [write_adapter(tmp_path / name, LLAMA, seed) for seed, name in enumerate("ab", 1)]
     adapters = [(folder.name, number, str(folder)) for number, folder in enumerate(folders, 1)]
     options = {**OPTIONS, "enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
-    with Engine(write(tmp_path / "model", LLAMA), kvbm={}, env={**ENV, **HOST}, **options) as engine:
+    with Engine(write(tmp_path / "model", LLAMA), kvbm={}, env=ENV, **options) as engine:
         engine.wait_ready()
         answers = {
             served(engine, Query(prompt(4200, 1000), {"max_tokens": 24}, adapter=adapter))
@@ -142,12 +139,12 @@ def test_from_disk_after_a_kill(tmp_path: Path) -> None:
     disk = disk_tools.settings(tmp_path / "disk", host=None, disk=1024)
     asks = [Ask(prompt(4300, 3000), 24)]
     model = write(tmp_path / "model", LLAMA)
-    with Engine(model, kvbm={}, env={**ENV, **HOST, **disk}, **OPTIONS) as engine:
+    with Engine(model, kvbm={}, env={**ENV, **disk}, **OPTIONS) as engine:
         engine.wait_ready()
         engine.call(disk_tools.store, asks)
         device = engine.call(scenarios.run, asks)
         engine.kill()
-    with Engine(model, kvbm={}, env={**ENV, **HOST, **disk}, **OPTIONS) as engine:
+    with Engine(model, kvbm={}, env={**ENV, **disk}, **OPTIONS) as engine:
         engine.wait_ready()
         assert engine.call(disk_tools.wait_ready).recovered >= 3000 // BLOCK
         ran = engine.call(disk_tools.run, asks)
@@ -166,7 +163,8 @@ def test_hybrid(tmp_path: Path) -> None:
     config = {**CONFIGS["gemma3"], "rms_norm_eps": 1e-5, "num_attention_heads": 4, "num_key_value_heads": 2}
     config |= {**COMMON, "head_dim": 64, "bos_token_id": 1, "eos_token_id": 2}
     asks = [Ask(prompt(4400, 1000), 8)]
-    with Engine(write(tmp_path, config), kvbm={}, env={**ENV, **HOST}, **OPTIONS) as engine:
+    options = {**OPTIONS, "num_gpu_blocks_override": 4000}  # one window's groups share few of them
+    with Engine(write(tmp_path, config), kvbm={}, env=ENV, **options) as engine:
         engine.wait_ready()
         cold = engine.call(scenarios.run, asks)
         again = engine.call(scenarios.run_again, asks)

@@ -28,8 +28,8 @@ from kvbm.vllm_integration.weights import HeadSplit, record_namespace
 
 logger = logging.getLogger(__name__)
 
-# In a step that computes nothing, which may be the first after a request: the thread that sends its last token
-# needs the GIL, which ordering the offload of what it computed would keep from it.
+# In a step that computes nothing, maybe the first after a request: the thread that sends its last token needs
+# the GIL, which ordering the offload of what it computed would keep from it.
 _LET_TOKEN_GO_S = 1e-4
 
 
