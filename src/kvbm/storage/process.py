@@ -101,13 +101,13 @@ class _Batch:
 
 
 class Executor:
-    """Threads that carry out batches, record by record; reads first, and at most half of them write."""
+    """Threads that carry out batches, record by record; reads first, and hardly more than half of them write."""
 
     def __init__(self, store: RecordStore, slots: NDArray[np.uint8], channel: Channel, threads: int) -> None:
         self._store = store
         self._slots = slots
         self._channel = channel
-        self._max_writing = max(1, threads // 2)
+        self._max_writing = threads // 2 + 1  # one of them computes a checksum
         self._writing = 0
         self._clears = 0
         self._reads: deque[tuple[_Batch, int]] = deque()
