@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from support_matrix import PAGE, RESULTS, Result, committed, page, read  # noqa: E402
+from support_matrix import PAGE, RESULTS, Result, committed, keep, page, read, without_memory  # noqa: E402
 
 
 def test_page_is_made_of_the_results():
@@ -25,14 +25,44 @@ def test_each_result_is_of_a_test_that_exists():
             assert f'"{result.feature}"' in source, f"{result.test} decides another row now"
 
 
-def test_each_marked_test_has_been_run():
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+def test_each_marked_test_has_been_run(gpu: bool):
+    """Those of GPUs, too, once a GPU has a column."""
     marked = {
         name
         for path in (ROOT / "tests").rglob("test_*.py")
-        if path != Path(__file__)
+        if path != Path(__file__) and (path.parent.name == "gpu") == gpu
         for name in re.findall(r'mark\.feature\(\s*"([^"]+)"', path.read_text())
     }
-    assert marked == {result.feature for file in RESULTS.glob("*.json") for result in read(file)[1]}
+    shown = {
+        result.feature
+        for file in RESULTS.glob("*.json")
+        for result in read(file)[1]
+        if result.test.startswith("tests/gpu/") == gpu
+    }
+    assert marked == shown or (gpu and not shown)
+
+
+def test_runs_at_the_same_time_and_later_ones_are_put_together(tmp_path: Path):
+    keep("vLLM 1, GPU", [result("x", "failed"), result("y", "passed")], tmp_path)
+    file = keep("vLLM 1, GPU", [result("z", "skipped"), result("x", "passed")], tmp_path)
+    expected = [result("x", "passed"), result("y", "passed"), result("z", "skipped")]
+    assert read(file) == ("vLLM 1, GPU", expected)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H100"),
+        ("NVIDIA H200", "NVIDIA H200"),
+        ("NVIDIA A100-SXM4-80GB", "NVIDIA A100"),
+        ("NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 4090"),
+        ("CPU", "CPU"),
+    ],
+)
+def test_devices(device: str, name: str):
+    assert without_memory(device) == name
 
 
 def result(feature: str, outcome: str, refused: str | None = None) -> Result:
