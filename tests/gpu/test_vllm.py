@@ -16,7 +16,11 @@ from tests.gpu.pair import BLOCK, Pair, full, prompt
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module", params=["eager", "graphs"])
+# A test with a row of its own decides that one in both modes.
+GRAPHS = pytest.mark.feature("CUDA graphs, full and piecewise")
+
+
+@pytest.fixture(scope="module", params=["eager", pytest.param("graphs", marks=GRAPHS)])
 def mode(request: pytest.FixtureRequest) -> str:
     return request.param
 
