@@ -193,7 +193,8 @@ class CudaCopyEngine(CopyEngine):
     ) -> None:
         """What fits into half the staging memory, while the other half is on the bus."""
         assert kernel is not None
-        half, programs = lane.next_half(), kernel.PROGRAMS_ON_DEVICE
+        half = lane.next_half()
+        programs = kernel.PROGRAMS_TO_PACK if offload else kernel.PROGRAMS_TO_UNPACK
         staging = offsets + half.memory.data_ptr()
 
         def pack() -> None:

@@ -17,9 +17,10 @@ _WARPS = 8
 # Over the bus, measured on an H200 (PCIe 5): fewer lose bandwidth, more gain none.
 PROGRAMS_TO_HOST = 8
 PROGRAMS_FROM_HOST = 16
-# To pack a half of 137 MiB takes 8 SMs 1.5 ms, and 64 a fifth of a millisecond. The model loses less by the
+# To pack a half of 137 MiB takes 8 SMs 1.5 ms, and 64 a fifth of a millisecond. A prefill loses less by the
 # latter: its kernels need all SMs at once, and a kernel that lacks some takes another wave.
-PROGRAMS_ON_DEVICE = 64
+PROGRAMS_TO_PACK = 64
+PROGRAMS_TO_UNPACK = 8  # for loads while others decode
 
 
 # Not specialised: every kind of value would be compiled anew, in the middle of serving.
