@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 
 # A test with a row of its own decides that one in both modes.
-GRAPHS = pytest.mark.feature("CUDA graphs, full and piecewise")
+GRAPHS = pytest.mark.feature("CUDA graphs (full and piecewise)")
 
 
 @pytest.fixture(scope="module", params=["eager", pytest.param("graphs", marks=GRAPHS)])
@@ -47,7 +47,6 @@ def test_one_after_the_other(pair: Pair) -> None:
     assert pair.engine.call(gpu_scenarios.in_step_loads) == 5
 
 
-@pytest.mark.feature("CUDA graphs (full and piecewise)")
 def test_many_at_once(pair: Pair) -> None:
     """The first is loaded inside the step, the others while it runs."""
     asks = [Ask(prompt(100 + i, 200 + 37 * i), 24) for i in range(24)]
