@@ -2,15 +2,18 @@
 """Make docs/support.md from what tests have shown.
 
     python scripts/support_matrix.py run tests/engine    run the tests that decide a row, keep their results
+    python scripts/support_matrix.py add FILE...            add the results that other machines have kept
     python scripts/support_matrix.py write                  write the table
 
 A test decides a row by `@pytest.mark.feature("LoRA adapters", refused="the reason, if it is not cached")`. A
 file of docs/support-results is a column: the results of one engine on one device, with those of earlier runs
-where this run has none.
+where this run has none. Several may run at the same time; `add` puts files of other machines together.
 """
 
 import argparse
+import fcntl
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -72,14 +75,25 @@ def run(arguments: list[str]) -> int:
     recorder = Recorder()
     status = int(pytest.main(arguments, plugins=[recorder]))
     column = this_column()
-    file = RESULTS / (re.sub(r"[^a-z0-9.]+", "-", column.lower()) + ".json")
-    known = {result.test: result for result in read(file)[1]} if file.is_file() else {}
-    results = sorted({**known, **recorder.results}.values(), key=lambda result: result.test)
-    RESULTS.mkdir(exist_ok=True)
-    rows = [asdict(result) for result in results]
-    file.write_text(json.dumps({"column": column, "results": rows}, indent=1, ensure_ascii=False) + "\n")
+    file = keep(column, recorder.results.values())
     print(f"{len(recorder.results)} results of {column} in {file}")
     return status
+
+
+def keep(column: str, results: Iterable[Result], folder: Path = RESULTS) -> Path:
+    """Put results into the file of their column, in place of earlier ones of the same tests."""
+    file = folder / (re.sub(r"[^a-z0-9.]+", "-", column.lower()) + ".json")
+    folder.mkdir(exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = read(file)[1] if file.is_file() else []
+        by_test = {result.test: result for result in (*known, *results)}
+        rows = [asdict(by_test[test]) for test in sorted(by_test)]
+        file.write_text(json.dumps({"column": column, "results": rows}, indent=1, ensure_ascii=False) + "\n")
+    finally:
+        os.close(lock)
+    return file
 
 
 def this_column() -> str:
@@ -87,7 +101,12 @@ def this_column() -> str:
     import vllm
 
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
-    return f"vLLM {vllm.__version__.split('+')[0]}, {device}"
+    return f"vLLM {vllm.__version__.split('+')[0]}, {without_memory(device)}"
+
+
+def without_memory(device: str) -> str:
+    """ "NVIDIA H100 80GB HBM3" is an NVIDIA H100: how much memory it has decides no row."""
+    return re.split(r"[ -](?:\d+ ?GB|SXM)", device)[0]
 
 
 def read(file: Path) -> tuple[str, list[Result]]:
@@ -131,9 +150,14 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("write", help="write docs/support.md")
     commands.add_parser("run", help="run tests; all arguments go to pytest")
+    commands.add_parser("add", help="add files of results to docs/support-results")
     options, rest = parser.parse_known_args()
     if options.command == "run":
         return run(rest)
+    if options.command == "add":
+        for file in rest:
+            print(keep(*read(Path(file))))
+        return 0
     PAGE.write_text(committed())
     return 0
 

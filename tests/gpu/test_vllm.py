@@ -16,7 +16,11 @@ from tests.gpu.pair import BLOCK, Pair, full, prompt
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module", params=["eager", "graphs"])
+# A test with a row of its own decides that one in both modes.
+GRAPHS = pytest.mark.feature("CUDA graphs (full and piecewise)")
+
+
+@pytest.fixture(scope="module", params=["eager", pytest.param("graphs", marks=GRAPHS)])
 def mode(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -43,7 +47,6 @@ def test_one_after_the_other(pair: Pair) -> None:
     assert pair.engine.call(gpu_scenarios.in_step_loads) == 5
 
 
-@pytest.mark.feature("CUDA graphs (full and piecewise)")
 def test_many_at_once(pair: Pair) -> None:
     """The first is loaded inside the step, the others while it runs."""
     asks = [Ask(prompt(100 + i, 200 + 37 * i), 24) for i in range(24)]
