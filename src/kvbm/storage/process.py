@@ -101,13 +101,14 @@ class _Batch:
 
 
 class Executor:
-    """Threads that carry out batches, record by record; reads first, and hardly more than half of them write."""
+    """Threads that carry out batches, record by record; reads first, and about half of them write."""
 
     def __init__(self, store: RecordStore, slots: NDArray[np.uint8], channel: Channel, threads: int) -> None:
         self._store = store
         self._slots = slots
         self._channel = channel
-        self._max_writing = threads // 2 + 1  # one of them computes a checksum
+        # Half as many as read, and one that computes its checksum meanwhile.
+        self._max_writing = max(1, min(threads - 1, threads // 2 + 1))
         self._writing = 0
         self._clears = 0
         self._reads: deque[tuple[_Batch, int]] = deque()
