@@ -6,8 +6,9 @@
 The first measures, in rounds that alternate: fio, bare system calls, and KVBM's I/O process with its
 checksums, reading and writing records of one size in random order at one depth (fio over a few buffers that
 stay in a CPU's cache, the others over host memory); CPU seconds of the I/O process per GB; what a Python loop
-in the engine's process loses meanwhile, and loses beside fio. The second: how long a store of so many records
-takes to open. Without fio (apt-get install fio) the rest is measured.
+in the engine's process loses meanwhile, and loses beside fio, and what part of a core the engine's process
+spends on the disk, which is all that the loop could lose by the GIL. The second: how long a store of so many
+records takes to open. Without fio (apt-get install fio) the rest is measured.
 """
 
 import argparse
@@ -210,11 +211,18 @@ def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             )
         ours.run(True, rng)  # what others have overwritten
     loop: dict[str, list[float]] = {"alone": [], "beside fio": [], "beside KVBM": []}
+    shares: list[float] = []
+
+    def as_an_engine() -> None:
+        cpu, started = time.thread_time(), time.perf_counter()
+        ours.run(False, rng, STEP_S)
+        shares.append((time.thread_time() - cpu) / (time.perf_counter() - started))
+
     for _ in progress(range(args.rounds), "a Python loop meanwhile"):
         loop["alone"].append(loop_rate(1.0))
         if "fio" in others:
             loop["beside fio"].append(loop_rate(1.0, lambda: fio(paths, False, *amount, depth["read"])))
-        loop["beside KVBM"].append(loop_rate(1.0, lambda: ours.run(False, rng, STEP_S)))
+        loop["beside KVBM"].append(loop_rate(1.0, as_an_engine))
     started = time.process_time()
     for data in ours.arena.records():  # more than any cache holds, as after a transfer
         xxhash.xxh3_64_intdigest(data.data)
@@ -237,6 +245,7 @@ def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         },
         "CPU s per GB": {kind: round(statistics.median(values), 3) for kind, values in cpu.items()},
         "of these the checksum": round(checksum, 3),
+        "part of a core that the engine's process spends on it": round(statistics.median(shares), 4),
         "python loop, part of its rate alone while the disk reads": {
             name: round(statistics.median(rates) / statistics.median(loop["alone"]), 4)
             for name, rates in loop.items()
@@ -303,6 +312,8 @@ def show(result: dict[str, Any]) -> None:
     cpu = result["CPU s per GB"]
     print(f"{'CPU seconds per GB':<24}" + "".join(f"{cpu[kind]:8.2f}" for kind in depth))
     print(f"{'of these the checksum':<24}{result['of these the checksum']:8.2f}")
+    share = result["part of a core that the engine's process spends on it"]
+    print(f"the engine's process spends {100 * share:.2f} % of a core on it")
     for beside, part in result["python loop, part of its rate alone while the disk reads"].items():
         if beside != "alone":
             print(f"a Python loop {beside} keeps {100 * part:.1f} % of its speed")
