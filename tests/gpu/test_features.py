@@ -1,8 +1,8 @@
 """Rows of docs/support.md that a GPU changes: other numbers, other kernels, other tiers.
 
 Small models with made-up weights, by which an answer depends on all of its prompt, and on how kernels round.
-So a host hit is compared with a device hit of the same request, alone in the engine: the same computation, but
-for where the blocks came from.
+So a host hit is compared with a device hit of the same request, alone in the engine: the same computation,
+but for where the blocks came from.
 
 python scripts/support_matrix.py run -m gpu tests/gpu/test_features.py
 """
