@@ -6,9 +6,9 @@
 The first measures, in rounds that alternate: fio, bare system calls, and KVBM's I/O process with its
 checksums, reading and writing records of one size in random order at one depth (fio over a few buffers that
 stay in a CPU's cache, the others over host memory); CPU seconds of the I/O process per GB; what a Python loop
-in the engine's process loses meanwhile, and loses beside fio, and what part of a core the engine's process
-spends on the disk, which is all that the loop could lose by the GIL. The second: how long a store of so many
-records takes to open. Without fio (apt-get install fio) the rest is measured.
+in the engine's process loses meanwhile, on a core of its own, and loses beside fio, and what part of a core
+that process spends on the disk, which is all that the loop could lose by the GIL. The second: how long a store
+of so many records takes to open. Without fio (apt-get install fio) the rest is measured.
 """
 
 import argparse
@@ -171,15 +171,29 @@ def plain(
     return len(places) * slots.shape[1] / seconds
 
 
-def loop_rate(seconds: float, meanwhile: Callable[[], Any] | None = None) -> float:
+def apart(pid: int) -> tuple[set[int], set[int]]:
+    """A core for the loop, and the others, to which the threads of process `pid` are moved."""
+    first, *others = sorted(os.sched_getaffinity(0))
+    rest = set(others) or {first}
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        os.sched_setaffinity(int(thread), rest)
+    return {first}, rest
+
+
+def loop_rate(
+    seconds: float, own: set[int], rest: set[int], meanwhile: Callable[[], Any] | None = None
+) -> float:
     """Iterations per second of a Python loop; the other thread only waits for the I/O process."""
-    with ThreadPoolExecutor(1) as pool:
+    cores = os.sched_getaffinity(0)
+    with ThreadPoolExecutor(1, initializer=lambda: os.sched_setaffinity(0, rest)) as pool:
         other = pool.submit(meanwhile) if meanwhile else None
+        os.sched_setaffinity(0, own)
         count, started = 0, time.perf_counter()
         while time.perf_counter() - started < seconds or (other is not None and not other.done()):
             for _ in range(1000):
                 count += 1
         rate = count / (time.perf_counter() - started)
+        os.sched_setaffinity(0, cores)
         if other is not None:
             other.result()
     return rate
@@ -212,6 +226,7 @@ def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         ours.run(True, rng)  # what others have overwritten
     loop: dict[str, list[float]] = {"alone": [], "beside fio": [], "beside KVBM": []}
     shares: list[float] = []
+    cores = apart(ours.client.pid or 0)
 
     def as_an_engine() -> None:
         cpu, started = time.thread_time(), time.perf_counter()
@@ -219,10 +234,12 @@ def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         shares.append((time.thread_time() - cpu) / (time.perf_counter() - started))
 
     for _ in progress(range(args.rounds), "a Python loop meanwhile"):
-        loop["alone"].append(loop_rate(1.0))
+        loop["alone"].append(loop_rate(1.0, *cores))
         if "fio" in others:
-            loop["beside fio"].append(loop_rate(1.0, lambda: fio(paths, False, *amount, depth["read"])))
-        loop["beside KVBM"].append(loop_rate(1.0, as_an_engine))
+            loop["beside fio"].append(
+                loop_rate(1.0, *cores, lambda: fio(paths, False, *amount, depth["read"]))
+            )
+        loop["beside KVBM"].append(loop_rate(1.0, *cores, as_an_engine))
     started = time.process_time()
     for data in ours.arena.records():  # more than any cache holds, as after a transfer
         xxhash.xxh3_64_intdigest(data.data)
