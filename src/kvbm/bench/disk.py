@@ -7,8 +7,8 @@ The first measures, in rounds that alternate: fio, bare system calls, and KVBM's
 checksums, reading and writing records of one size in random order at one depth (fio over a few buffers that
 stay in a CPU's cache, the others over host memory); CPU seconds of the I/O process per GB; what a Python loop
 in the engine's process loses meanwhile, on a core of its own, and loses beside fio, and what part of a core
-that process spends on the disk, which is all that the loop could lose by the GIL. The second: how long a store
-of so many records takes to open. Without fio (apt-get install fio) the rest is measured.
+that process spends on the disk, which is all that the loop could lose by the GIL. The second: how long a
+store of so many records takes to open. Without fio (apt-get install fio) the rest is measured.
 """
 
 import argparse
