@@ -132,20 +132,22 @@ class _Given(NamedTuple):
 def load_config(
     extra: Mapping[str, Any] | None = None,
     *,
+    extra_name: str = "kv_connector_extra_config",
     environ: Mapping[str, str] | None = None,
     **overrides: Any,
 ) -> Config:
     """Merge all sources, or raise one `ConfigError` that names every problem in them.
 
-    `extra` is the connector's `kv_connector_extra_config`; `environ` is `os.environ` unless given. Keys are
-    nested mappings or dotted names, as keywords also `host__cache_gb`. `config_file` names the TOML file.
+    `extra` is what the engine hands to its connector, under a name that errors should give it; `environ` is
+    `os.environ` unless given. Keys are nested mappings or dotted names, as keywords also `host__cache_gb`.
+    `config_file` names the TOML file.
     """
     problems: list[str] = []
     from_environ, notices = _read_environ(os.environ if environ is None else environ, problems)
     keywords = {name.replace("__", "."): value for name, value in overrides.items()}
     given = [
         *from_environ,
-        *_flatten(extra or {}, "kv_connector_extra_config", problems),
+        *_flatten(extra or {}, extra_name, problems),
         *_flatten(keywords, "keyword argument", problems),
     ]
     files = [item for item in given if item.key == _FILE_KEY]

@@ -576,3 +576,8 @@ class TestDocumentation:
         rows = (ROOT / "docs/configuration.md").read_text().splitlines()
         for name, why in IGNORED_ENV.items():
             assert any(f"`{name}`" in row and f"| {why} |" in row for row in rows), name
+
+
+def test_errors_name_the_extra_config_as_its_engine_does() -> None:
+    with pytest.raises(ConfigError, match=r"host.cache_bg.*\(\"kvbm\" in SGLang's extra config\)"):
+        load_config({"host": {"cache_bg": 4}}, extra_name='"kvbm" in SGLang\'s extra config', environ={})

@@ -43,7 +43,7 @@ def read_config(extra: Mapping[str, Any]) -> tuple[Config, Any]:
             f"Unknown keys in SGLang's extra config: {', '.join(sorted(unknown))}. KVBM's settings go below "
             f'"kvbm", as {{"kvbm": {{"disk": {{"cache_gb": 100}}}}}}; beside it there is "kv_events".'
         )
-    config = load_config(extra.get("kvbm"))
+    config = load_config(extra.get("kvbm"), extra_name='"kvbm" in SGLang\'s extra config')
     if not config.enabled:
         raise ConfigError(
             "No cache size is configured: set DYN_KVBM_CPU_CACHE_GB or DYN_KVBM_DISK_CACHE_GB, or "
