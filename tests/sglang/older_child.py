@@ -21,6 +21,7 @@ import torch
 import transformers
 
 PAGE, LAYERS, HEADS, HEAD, SIZE = 16, 2, 2, 8, 512
+POOLS = (("page_first", True), ("layer_first", False))
 END = time.monotonic() + 90  # of the process, which must not hang a test
 Tokens = list[int]
 
@@ -48,18 +49,25 @@ def _missing(name: str) -> Any:
     return missing
 
 
-def start_ranks() -> Any:
-    """One rank, in real groups."""
+def start_ranks() -> tuple[Any, Any]:
+    """One rank, in real groups: that of tensor parallelism, and what has to live as long as they do."""
     from sglang.srt.distributed import parallel_state
     from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
-    args = ServerArgs(model_path="dummy", device="cpu")
-    set_global_server_args_for_scheduler(args)
+    set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", device="cpu"))
     parallel_state.init_distributed_environment(
         1, 0, distributed_init_method=f"file://{sys.argv[1]}/ranks", local_rank=0, backend="gloo"
     )
     parallel_state.initialize_model_parallel(backend="gloo")
-    return parallel_state.get_tp_group().cpu_group
+    place = None
+    try:  # 0.5.18 and later ask this instead of the groups
+        from sglang.srt.runtime_context import get_parallel
+
+        place = get_parallel().override(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1)
+        place.__enter__()
+    except (ImportError, AttributeError):
+        pass
+    return parallel_state.get_tp_group().cpu_group, place
 
 
 class Controller:
@@ -138,13 +146,14 @@ class Controller:
         return pages
 
     def _loaded(self, operation: Any) -> int:
-        acks = getattr(self.controller, "ack_prefetch_queue", None)
+        acks = getattr(self.controller, "ack_prefetch_queue", None)  # 0.5.20 and later
+        pages = 0
         while time.monotonic() < END:
             if acks is not None:
                 ack = acks.get(timeout=20)
-                operation.completed_tokens = max(operation.completed_tokens, ack.operation.completed_tokens)
+                pages = (ack.completed_tokens or 0) // PAGE or pages
                 if ack.completed_req:
-                    return operation.completed_tokens // PAGE
+                    return pages
                 continue
             if not self.controller.__dict__.get("prefetch_revoke_queue", queue.Queue()).empty():
                 self.controller.prefetch_revoke_queue.get()
@@ -261,18 +270,17 @@ def main() -> None:
     prepare()
     import sglang
 
-    group = start_ranks()
+    group, _place = start_ranks()
     folder = Path(sys.argv[1])
     report: dict[str, Any] = {"version": sglang.__version__, "file": sglang.__file__}
-    for layout in ("layer_first", "page_first"):
-        for zero_copy in (True, False):
+    for layout, zero_copy in POOLS:
 
-            def make(kvbm: dict[str, Any], layout: str = layout, zero_copy: bool = zero_copy) -> Controller:
-                return Controller(group, layout, zero_copy, kvbm)
+        def make(kvbm: dict[str, Any], layout: str = layout, zero_copy: bool = zero_copy) -> Controller:
+            return Controller(group, layout, zero_copy, kvbm)
 
-            name = f"{layout}-{'zero_copy' if zero_copy else 'generic'}"
-            report[name] = round_trip(make)
-            report[f"{name}-disk"] = restart(make, folder / name)
+        name = f"{layout}-{'zero_copy' if zero_copy else 'generic'}"
+        report[name] = round_trip(make)
+        report[f"{name}-disk"] = restart(make, folder / name)
     report["weights"] = weights(make)
     print(json.dumps(report), flush=True)
 
