@@ -5,6 +5,8 @@ Nothing is copied between device and host pool, and no tree or scheduler is ther
 host pool, stored, overwritten and brought back. The report is JSON on the last line.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import queue
@@ -31,10 +33,10 @@ def prepare() -> None:
     kernels: Any = ModuleType("sgl_kernel.kvcacheio")
     kernels.__getattr__ = lambda name: _missing(name)
     sys.modules["sgl_kernel.kvcacheio"] = kernels
-    register = transformers.AutoConfig.register
-    transformers.AutoConfig.register = staticmethod(  # transformers has some of their models by now
-        lambda name, config, exist_ok=False: register(name, config, exist_ok=True)
-    )
+    configs: Any = transformers.AutoConfig
+    register = configs.register
+    # transformers has some of their models by now
+    configs.register = lambda name, config, exist_ok=False: register(name, config, exist_ok=True)
     memory = psutil.virtual_memory
     psutil.virtual_memory = lambda: memory()._replace(available=1 << 40)  # 10 GB must be left free
 
@@ -253,10 +255,8 @@ def weights(make: Callable[..., Controller]) -> dict[str, Any]:
         if name == "update_weights_from_disk"
     ]
     owner = next(o for o in compat.weight_updaters() if "update_weights_from_disk" in vars(o))
-    try:
-        owner.update_weights_from_disk(SimpleNamespace())  # fails, but may have changed something
-    except Exception:
-        pass
+    with contextlib.suppress(Exception):  # fails, but may have changed something
+        owner.update_weights_from_disk(SimpleNamespace())
     seen = {"hooks": names, "changing": weight_watch.changing, "during": one.load(tokens(0, 3))}
     one.controller.reset()
     seen |= {"flushed": not weight_watch.changing, "after": one.load(tokens(0, 3))}
@@ -270,18 +270,17 @@ def main() -> None:
     prepare()
     import sglang
 
+    from kvbm.sglang_integration import compat
+
     group, _place = start_ranks()
     folder = Path(sys.argv[1])
-    report: dict[str, Any] = {"version": sglang.__version__, "file": sglang.__file__}
+    report: dict[str, Any] = {"version": compat.version(), "file": sglang.__file__}
     for layout, zero_copy in POOLS:
-
-        def make(kvbm: dict[str, Any], layout: str = layout, zero_copy: bool = zero_copy) -> Controller:
-            return Controller(group, layout, zero_copy, kvbm)
-
+        make = functools.partial(Controller, group, layout, zero_copy)
         name = f"{layout}-{'zero_copy' if zero_copy else 'generic'}"
         report[name] = round_trip(make)
         report[f"{name}-disk"] = restart(make, folder / name)
-    report["weights"] = weights(make)
+    report["weights"] = weights(functools.partial(Controller, group, *POOLS[0]))
     print(json.dumps(report), flush=True)
 
 
