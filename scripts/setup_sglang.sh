@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv-sglang, in which tests/sglang run a real SGLang on a CPU: bash scripts/setup_sglang.sh
 #
-# It is a layer on the .venv of scripts/setup.sh, with what that lacks: some 400 MB to download, 1.5 GB of disk.
+# It is a layer on the .venv of scripts/setup.sh, with what that lacks: some 420 MB to download, 1.6 GB of disk.
 # A second run finds what is there and ends at once.
 #
 # Nothing here may bring CUDA's packages: so no dependency is resolved, all are named.
@@ -17,6 +17,9 @@ PACKAGES=(
     parso==0.8.7 pexpect==4.9.0 prompt_toolkit==3.0.53 ptyprocess==0.7.0 pure_eval==0.2.4 stack-data==0.6.3
     traitlets==5.16.1 wcwidth==0.9.4
 )
+# Whose controllers tests/sglang/test_older.py runs: the oldest, and the newest that is small (later ones have 25 MB and
+# more). They find the rest of what they need above.
+OLDER=(0.5.9 0.5.15)
 DISK_MB=3000
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 BASE=$ROOT/.venv
@@ -61,11 +64,14 @@ fi
 
 free=$(df -Pm "$ROOT" | awk 'NR == 2 { print $4 }')
 [ "$free" -ge "$DISK_MB" ] || fail "too little disk: $free MB free at $ROOT, about $DISK_MB MB are needed."
-say "making $VENV with SGLang: some 400 MB to download"
+say "making $VENV with SGLang: some 420 MB to download"
 "$BASE/bin/python" -m venv --clear "$VENV" || fail "$BASE/bin/python could not make $VENV."
 : >"$LOG"
 pip_install "${PACKAGES[@]}"
 pip_install "$PLUGIN"
+for version in "${OLDER[@]}"; do
+    pip_install --target "$VENV/older/$version" "sglang==$version"
+done
 # After those of its own it sees the packages of .venv; only now, as pip would look at them.
 "$BASE/bin/python" - >"$("$PY" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz-base.pth" <<'PY'
 import sysconfig
