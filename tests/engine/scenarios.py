@@ -299,8 +299,11 @@ def run_with_resets(
     before, steps, reset_while_running, offloads_under_way, results = observe(llm), 0, 0, 0, []
     due = list(at_steps)
     while llm.llm_engine.has_unfinished_requests():
-        # vLLM itself refuses while requests wait for a load.
-        if due and steps >= due[0] and not side(llm)._loading:
+        # vLLM itself refuses while requests wait for a load, until it has put them back after its end.
+        waits = any(
+            request.status.name == "WAITING_FOR_REMOTE_KVS" for request in scheduler(llm).requests.values()
+        )
+        if due and steps >= due[0] and not waits:
             due.pop(0)
             reset_while_running += bool(scheduler(llm).running)
             offloads_under_way += side(llm).has_work
