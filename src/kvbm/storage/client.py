@@ -92,6 +92,7 @@ class StorageClient:
         self._socket: socket.socket | None = None
         self._starting: threading.Thread | None = None
         self._restart_at = 0.0
+        self._buffer = bytearray(MAX_MESSAGE)  # kept: an engine asks in every step
         self._backoff_s = _BACKOFF_S[0]
         self._started_at = 0.0
         self._first = True
@@ -178,16 +179,16 @@ class StorageClient:
     def _receive(self, replies: Replies) -> None:
         while self._socket is not None:
             try:
-                data = self._socket.recv(MAX_MESSAGE)
+                size = self._socket.recv_into(self._buffer)
             except BlockingIOError:
                 return
             except OSError:
-                data = b""
-            if not data:
+                size = 0
+            if not size:
                 self._socket.close()
                 self._socket = None
                 return
-            self._take(self._replies.decode(data), replies)
+            self._take(self._replies.decode(memoryview(self._buffer)[:size]), replies)
 
     def _take(self, reply: Reply, replies: Replies) -> None:
         match reply:
