@@ -17,8 +17,8 @@ _WARPS = 8
 # Over the bus, measured on an H200 (PCIe 5): fewer lose bandwidth, more gain none.
 PROGRAMS_TO_HOST = 8
 PROGRAMS_FROM_HOST = 16
-# To pack a half of 137 MiB takes 8 SMs 1.5 ms, and 64 a fifth of a millisecond. A prefill loses less by the
-# latter: its kernels need all SMs at once, and a kernel that lacks some takes another wave.
+# To pack a half of 137 MiB takes 8 SMs 1.5 ms. Medians of cold prompts were lower with 64 in all runs, but in
+# the one that had both not by more than its noise (benchmarks/results/2026-11-26-vllm-in-turn-h100.md).
 PROGRAMS_TO_PACK = 64
 PROGRAMS_TO_UNPACK = 8  # for loads while others decode
 
