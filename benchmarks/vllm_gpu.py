@@ -74,6 +74,7 @@ class Engine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        self.host_gb = host_gb
         self._sampling = SamplingParams
         folder = Path(tempfile.mkdtemp())
         (folder / "config.json").write_text(json.dumps(MODEL))
@@ -150,6 +151,22 @@ class Engine:
             await asyncio.sleep(0.05)
         raise RuntimeError("the device cache could not be emptied")
 
+    async def memory_is_pinned(self) -> None:
+        """KVBM pins its memory in the background."""
+        await asyncio.sleep(0.35 * self.host_gb)
+
+    async def ask_cold_and_again(self, prompt: Sequence[int], output: int = 1) -> tuple[Any, Any]:
+        """A prompt that nothing knows, then found on the device, which is emptied; output: tokens then."""
+        await self.wake_up()
+        cold = await self.ask(prompt)
+        await asyncio.sleep(0.3)  # offloads are over
+        await self.wake_up()
+        device = await self.ask(prompt, output)
+        await self.empty_device()
+        expect_cached(cold, 0, 0)
+        expect_cached(device, len(prompt) - 16, len(prompt))
+        return cold, device
+
 
 def random_prompt(rng: np.random.Generator, tokens: int) -> list[int]:
     return rng.integers(0, 128000, tokens).tolist()
@@ -164,16 +181,9 @@ async def first_tokens(engine: Engine, name: str, repeats: int) -> dict[str, Any
         equal = 0
         for _ in range(repeats):
             prompt = random_prompt(rng, tokens)
-            await engine.wake_up()
-            cold = await engine.ask(prompt)
-            await asyncio.sleep(0.3)  # offloads are over
-            await engine.wake_up()
-            device = await engine.ask(prompt, 8)
-            await engine.empty_device()
+            cold, device = await engine.ask_cold_and_again(prompt, 8)
             rows["cold"].append(cold["ttft"])
             rows["device"].append(device["ttft"])
-            expect_cached(cold, 0, 0)
-            expect_cached(device, tokens - 16, tokens)
             if name not in ("none", "null"):
                 await engine.wake_up()
                 host = await engine.ask(prompt, 8)
@@ -313,7 +323,7 @@ async def measure(name: str, mode: str, host_gb: float, repeats: int, only: str)
     rng = np.random.default_rng(4)
     for tokens in (512, 16384, 32768):  # warm up
         await engine.ask(random_prompt(rng, tokens), 4)
-    await asyncio.sleep(0.35 * host_gb)  # KVBM pins its memory in the background
+    await engine.memory_is_pinned()
     await engine.empty_device()
     if only == "disk":
         result["disk ms"] = await from_disk(engine, name)

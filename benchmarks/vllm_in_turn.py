@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.vllm_gpu import SIZES, Engine, expect_cached, random_prompt
+from benchmarks.vllm_gpu import SIZES, Engine, random_prompt
 
 DEVICE_BLOCKS = 2400  # a prompt of 32k tokens, and room
 SHARE = 0.3  # of the GPU's memory for each engine
@@ -55,19 +55,12 @@ class Side:
 
 async def child(name: str, mode: str, host_gb: float) -> None:
     engine = Engine(name, mode, host_gb, num_gpu_blocks_override=DEVICE_BLOCKS, gpu_memory_utilization=SHARE)
-    await asyncio.sleep(0.35 * host_gb)  # KVBM pins its memory in the background
+    await engine.memory_is_pinned()
     loop = asyncio.get_running_loop()
     while line := await loop.run_in_executor(None, sys.stdin.readline):
         order = json.loads(line)
         prompt = random_prompt(np.random.default_rng(order["seed"]), order["tokens"])
-        await engine.wake_up()
-        cold = await engine.ask(prompt)
-        await asyncio.sleep(0.3)  # offloads are over
-        await engine.wake_up()
-        device = await engine.ask(prompt)
-        await engine.empty_device()
-        expect_cached(cold, 0, 0)
-        expect_cached(device, order["tokens"] - 32, order["tokens"])
+        cold, device = await engine.ask_cold_and_again(prompt)
         print("answer", json.dumps([1e3 * cold["ttft"], 1e3 * device["ttft"]]), flush=True)
 
 

@@ -37,7 +37,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def hybrid_config(name: str, **changes: Any) -> dict[str, Any]:
+    return {**_COMMON, **CONFIGS[name], **changes}
+
+
 def write_hybrid_model(tokenizer: Path, folder: Path, name: str, **changes: Any) -> Path:
     copy_tokenizer(tokenizer, folder)
-    (folder / "config.json").write_text(json.dumps({**_COMMON, **CONFIGS[name], **changes}))
+    (folder / "config.json").write_text(json.dumps(hybrid_config(name, **changes)))
     return folder

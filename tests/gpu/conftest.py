@@ -1,8 +1,9 @@
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.gpu.pair import write_model
 
 
 @pytest.fixture(scope="session")
@@ -19,8 +20,7 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _llama(folder: Path, **changes: Any) -> Path:
     from benchmarks.vllm_gpu import MODEL
 
-    (folder / "config.json").write_text(json.dumps({**MODEL, **changes}))
-    return folder
+    return write_model(folder, {**MODEL, **changes})
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,11 @@ The shape of Llama-3.1-8B in bf16, weights made up. vLLM runs in its batch-invar
 does not depend on what else is in the batch, so that answers can be compared token for token.
 """
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.engine import scenarios
 from tests.engine.harness import Engine
@@ -59,9 +61,16 @@ class Pair:
         self._plain.close()
 
 
-def prompt(seed: int, tokens: int) -> tuple[int, ...]:
+def write_model(folder: Path, config: dict[str, Any]) -> Path:
+    """A model without weights or tokenizer."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def prompt(seed: int, tokens: int, vocabulary: int = 100_000) -> tuple[int, ...]:
     rng = random.Random(seed)
-    return tuple(rng.randrange(1000, 100_000) for _ in range(tokens))
+    return tuple(rng.randrange(1000, vocabulary) for _ in range(tokens))
 
 
 def full(asks: Sequence[Ask]) -> int:

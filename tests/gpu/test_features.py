@@ -7,8 +7,6 @@ but for where the blocks came from.
 python scripts/support_matrix.py run -m gpu tests/gpu/test_features.py
 """
 
-import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,12 @@ import pytest
 from tests.engine import disk_tools, features, scenarios
 from tests.engine.features import Query
 from tests.engine.harness import Engine
-from tests.engine.hybrid_models import CONFIGS
+from tests.engine.hybrid_models import hybrid_config
 from tests.engine.latent_model import CONFIG as LATENT
 from tests.engine.scenarios import Ask
 from tests.engine.small_models import write_adapter
-from tests.gpu import gpu_scenarios
-from tests.gpu.pair import BLOCK
+from tests.gpu import gpu_scenarios, pair
+from tests.gpu.pair import BLOCK, write_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
 
@@ -48,15 +46,8 @@ LLAMA: dict[str, Any] = {
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
-def write(folder: Path, config: dict[str, Any]) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 def prompt(seed: int, tokens: int) -> tuple[int, ...]:
-    rng = random.Random(seed)
-    return tuple(rng.randrange(10, COMMON["vocab_size"]) for _ in range(tokens))
+    return pair.prompt(seed, tokens, COMMON["vocab_size"])
 
 
 def served(engine: Engine, query: Query) -> tuple[int, ...]:
@@ -85,7 +76,7 @@ def served(engine: Engine, query: Query) -> tuple[int, ...]:
     ids=["float16", "bfloat16", "fp8", "latent"],
 )
 def test_numbers_and_kernels(tmp_path: Path, options: dict[str, Any], config: dict[str, Any]) -> None:
-    with Engine(write(tmp_path, config), kvbm={}, env=ENV, **{**OPTIONS, **options}) as engine:
+    with Engine(write_model(tmp_path, config), kvbm={}, env=ENV, **{**OPTIONS, **options}) as engine:
         engine.wait_ready()
         queries = [Query(prompt(4000 + size, size), {"max_tokens": 24}) for size in (100, 1000, 3001)]
         answers = {served(engine, query) for query in queries}
@@ -106,10 +97,10 @@ def test_speculation(tmp_path: Path, method: str) -> None:
     if method != "ngram":
         # The same seed gives the same weights: with other positions, such a draft is right now and then.
         other = {"num_hidden_layers": 1} if method == "eagle" else {"rope_theta": 11000.0}
-        draft = write(tmp_path / "draft", {**LLAMA, **other})
+        draft = write_model(tmp_path / "draft", {**LLAMA, **other})
         speculation = {"method": method, "model": str(draft), "num_speculative_tokens": 3}
     options = {**OPTIONS, "speculative_config": speculation}
-    with Engine(write(tmp_path, LLAMA), kvbm={}, env=ENV, **options) as engine:
+    with Engine(write_model(tmp_path, LLAMA), kvbm={}, env=ENV, **options) as engine:
         engine.wait_ready()
         first = Query(prompt(4100, 40) * 8, {"max_tokens": 90})
         reply = served(engine, first)
@@ -129,7 +120,7 @@ def test_adapters(tmp_path: Path) -> None:
     folders = [write_adapter(tmp_path / name, LLAMA, seed) for seed, name in enumerate("ab", 1)]
     adapters = [(folder.name, number, str(folder)) for number, folder in enumerate(folders, 1)]
     options = {**OPTIONS, "enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
-    with Engine(write(tmp_path / "model", LLAMA), kvbm={}, env=ENV, **options) as engine:
+    with Engine(write_model(tmp_path / "model", LLAMA), kvbm={}, env=ENV, **options) as engine:
         engine.wait_ready()
         answers = {
             served(engine, Query(prompt(4200, 1000), {"max_tokens": 24}, adapter=adapter))
@@ -142,7 +133,7 @@ def test_adapters(tmp_path: Path) -> None:
 def test_from_disk_after_a_kill(tmp_path: Path) -> None:
     disk = disk_tools.settings(tmp_path / "disk", host=None, disk=1024)
     asks = [Ask(prompt(4300, 3000), 24)]
-    model = write(tmp_path / "model", LLAMA)
+    model = write_model(tmp_path / "model", LLAMA)
     with Engine(model, kvbm={}, env={**ENV, **disk}, **OPTIONS) as engine:
         engine.wait_ready()
         engine.call(disk_tools.store, asks)
@@ -164,11 +155,10 @@ def test_hybrid(tmp_path: Path) -> None:
 
     if tuple(map(int, vllm.__version__.split(".")[:2])) >= (0, 30):
         pytest.skip("this vLLM can be told of a failed load of a hybrid model")
-    config = {**CONFIGS["gemma3"], "rms_norm_eps": 1e-5, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config |= {**COMMON, "head_dim": 64, "bos_token_id": 1, "eos_token_id": 2}
+    config = hybrid_config("gemma3", head_dim=64, **COMMON)
     asks = [Ask(prompt(4400, 1000), 8)]
     options = {**OPTIONS, "num_gpu_blocks_override": 4000}  # one window's groups share few of them
-    with Engine(write(tmp_path, config), kvbm={}, env=ENV, **options) as engine:
+    with Engine(write_model(tmp_path, config), kvbm={}, env=ENV, **options) as engine:
         engine.wait_ready()
         cold = engine.call(scenarios.run, asks)
         again = engine.call(scenarios.run_again, asks)

@@ -15,7 +15,9 @@ from tests.engine.scenarios import Ask
 from tests.gpu.pair import Pair, full, prompt
 
 pytestmark = [
-    *(pytest.mark.gpu, pytest.mark.timeout(600), pytest.mark.usefixtures("two_gpus")),
+    pytest.mark.gpu,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("two_gpus"),
     pytest.mark.feature("Pipeline parallel"),
 ]
 

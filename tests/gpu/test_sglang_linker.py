@@ -93,14 +93,18 @@ class Engine:
         keys = [hashlib.sha256(str(seed).encode()).hexdigest() for seed in seeds]
         return [SimpleNamespace(name=self.name, device_indices=indices, keys=keys)]
 
+    def bytes_by_layer(self) -> Iterator[list[torch.Tensor]]:
+        """Keys and values of each layer, (pages, tokens of a page, ...)."""
+        for buffers in zip(self.pool.k_buffer, self.pool.v_buffer, strict=True):
+            yield [buffer.view(torch.uint8).unflatten(0, (PAGES, PAGE)) for buffer in buffers]
+
     def compute(self, pages: torch.Tensor, contents: torch.Tensor) -> None:
         """A slow forward pass that writes pages; contents: (layers, 2, pages, ...) bytes."""
         with self.on_stream():
             if self.stream is not None:
                 torch.cuda._sleep(20_000_000)  # some 10 ms
-            for layer, (keys, values) in enumerate(zip(self.pool.k_buffer, self.pool.v_buffer, strict=True)):
-                for which, buffer in enumerate((keys, values)):
-                    view = buffer.view(torch.uint8).unflatten(0, (PAGES, PAGE))
+            for layer, views in enumerate(self.bytes_by_layer()):
+                for which, view in enumerate(views):
                     view[pages.to(DEVICE)] = contents[layer, which]
 
     def forward(self, index: int, pages: torch.Tensor) -> torch.Tensor:
@@ -108,9 +112,8 @@ class Engine:
         self.linker.layer_done_counter.set_consumer(index)
         seen = []
         with self.on_stream():
-            for layer, buffers in enumerate(zip(self.pool.k_buffer, self.pool.v_buffer, strict=True)):
+            for layer, views in enumerate(self.bytes_by_layer()):
                 self.linker.layer_done_counter.wait_until(layer)
-                views = [buffer.view(torch.uint8).unflatten(0, (PAGES, PAGE)) for buffer in buffers]
                 seen.append(torch.stack([view[pages.to(DEVICE)] for view in views]))
             result = torch.stack(seen)
         self.synchronize()
@@ -213,7 +216,7 @@ def test_reset_with_copies_under_way(engine: Engine) -> None:
     assert engine.linker.num_completed_offloads() == 0
     engine.compute(pages, contents_of(engine, 50))
     engine.load("b", pages, seeds)
-    index = engine.linker.start_layer_wise_loading()
+    engine.linker.start_layer_wise_loading()
     engine.linker.reset()
     engine.load("c", pages, seeds)
     index = engine.linker.start_layer_wise_loading()

@@ -1,6 +1,5 @@
 """Two ranks on two GPUs: heads of their own, and MLA, where both use one host tier. See test_vllm.py."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 from tests.engine import scenarios
 from tests.engine.latent_model import CONFIG
 from tests.engine.scenarios import Ask
-from tests.gpu.pair import Pair, full, prompt
+from tests.gpu.pair import Pair, full, prompt, write_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600), pytest.mark.usefixtures("two_gpus")]
 
@@ -18,8 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600), pytest.mark.usefixtures
 def latent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("latent")
     config = {**CONFIG, "vocab_size": 128256, "max_position_embeddings": 32768, "torch_dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return write_model(folder, config)
 
 
 @pytest.fixture(

@@ -19,6 +19,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import psutil
+import sgl_kernel
 import torch
 import transformers
 
@@ -31,7 +32,7 @@ Tokens = list[int]
 def prepare() -> None:
     """What those versions need that are older than what they find installed here."""
     kernels: Any = ModuleType("sgl_kernel.kvcacheio")
-    kernels.__getattr__ = lambda name: _missing(name)
+    kernels.__getattr__ = sgl_kernel.__getattr__
     sys.modules["sgl_kernel.kvcacheio"] = kernels
     configs: Any = transformers.AutoConfig
     register = configs.register
@@ -39,16 +40,6 @@ def prepare() -> None:
     configs.register = lambda name, config, exist_ok=False: register(name, config, exist_ok=True)
     memory = psutil.virtual_memory
     psutil.virtual_memory = lambda: memory()._replace(available=1 << 40)  # 10 GB must be left free
-
-
-def _missing(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(name)
-
-    def missing(*_: Any, **__: Any) -> None:
-        raise NotImplementedError(f"{name} does not exist on CPUs")
-
-    return missing
 
 
 def start_ranks() -> tuple[Any, Any]:
