@@ -93,6 +93,6 @@ class NoCopiesConnector(DynamoConnector):
         def start_offload(*_: Any, **__: Any) -> CudaTransfer:
             over = torch.cuda.Event(blocking=True)
             over.record()
-            return CudaTransfer(over)
+            return CudaTransfer([over])
 
         CudaCopyEngine.start_offload = start_offload

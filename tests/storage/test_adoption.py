@@ -22,6 +22,7 @@ from kvbm.storage.disk_store import DiskStore
 from kvbm.storage.file_io import PosixFileIo
 from kvbm.storage.index_file import ENTRY, State, checks
 from kvbm.storage.process import Channel
+from kvbm.storage.reply_count import ReplyCount
 from kvbm.storage.split import Part, Split
 from kvbm.storage.store import Bytes, Identity
 from tests.storage.harness import NAMESPACE, Host, digest, key, number_of
@@ -357,7 +358,7 @@ def test_it_takes_a_minute_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_an_engine_that_ended_is_noticed_before_its_requests_are_read() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    channel = Channel(ours)
+    channel = Channel(ours, ReplyCount())
     assert channel.is_open()
     theirs.send(b"a request that waits")
     assert channel.is_open()

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import xxhash
 
 from kvbm.errors import CapacityError, StorageError
-from kvbm.storage import containers
+from kvbm.storage import containers, disk_store
 from kvbm.storage.containers import ensure_room, paths_of, stride_of
 from kvbm.storage.disk_store import DiskStore
 from kvbm.storage.file_io import PosixFileIo
@@ -91,27 +90,25 @@ def test_a_clearing_counts_for_a_write_that_is_just_being_checksummed(
 ) -> None:
     it = store_with(PosixFileIo(), tmp_path)
     arrived, let_go = threading.Event(), threading.Event()
-    real = xxhash.xxh3_64_intdigest
+    real = disk_store.record_digest
 
-    def slow(data: memoryview) -> int:
-        if threading.current_thread() is thread and len(data) == it.host.record_bytes and began:
+    def slow(data: Bytes, identity: Identity) -> int:
+        if threading.current_thread() is thread:
             arrived.set()
             assert let_go.wait(30)
-        return real(data)
+        return real(data, identity)
 
-    began: list[bool] = []
     failures: list[Exception] = []
     record = it.host.filled(0, 1)
 
     def work() -> None:
-        began.append(True)
         try:
             it.store.write(0, key(1), record)
         except StorageError as error:
             failures.append(error)
 
     thread = threading.Thread(target=work)
-    monkeypatch.setattr(xxhash, "xxh3_64_intdigest", slow)
+    monkeypatch.setattr(disk_store, "record_digest", slow)
     thread.start()
     assert arrived.wait(10)
     it.store.clear()

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "kvbm"
 
-BASE = {"config", "settings", "errors", "memory"}
+BASE = {"config", "settings", "errors", "memory", "digest"}
 BELOW_INTEGRATIONS = BASE | {"logic", "transfer", "storage", "observe", "runtime"}
 ENGINES = {
     "vllm_integration": "vllm",
@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "settings": set(),
     "memory": set(),
+    "digest": set(),
     "config": {"settings", "errors"},
     "logic": BASE,
     "transfer": BASE,

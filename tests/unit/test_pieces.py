@@ -302,7 +302,7 @@ def test_records_and_staging(
     random = np.random.default_rng(3)
     arena = HostArena(SLOTS, record_bytes)
     arena.slots[:] = UNUSED
-    parts = record_copies(
+    *copies, bounds = record_copies(
         np.array(slots, np.int32),
         rows,
         records=arena.address,
@@ -310,8 +310,10 @@ def test_records_and_staging(
         slot_bytes=arena.slot_bytes,
         chunk_slots=chunk_slots,
     )
-    assert len(parts) == -(-len(slots) // rows)
-    for (offsets, host, sizes), first in zip(parts, range(0, len(slots), rows), strict=True):
+    assert bounds[0] == 0
+    assert bounds[-1] == len(copies[0])
+    for part, first in zip(pairwise(bounds), range(0, len(slots), rows), strict=True):
+        offsets, host, sizes = (array[slice(*part)] for array in copies)
         own = slots[first : first + rows]
         staging = random.integers(0, 256, (SLOTS, arena.slot_bytes), np.uint8)
         placed = offsets + staging.ctypes.data, host, sizes

@@ -6,9 +6,10 @@
 The first measures, in rounds that alternate: fio, bare system calls, and KVBM's I/O process with its
 checksums, reading and writing records of one size in random order at one depth (fio over a few buffers that
 stay in a CPU's cache, the others over host memory); CPU seconds of the I/O process per GB; what a Python loop
-in the engine's process loses meanwhile, on a core of its own, and loses beside fio, and what part of a core
-that process spends on the disk, which is all that the loop could lose by the GIL. The second: how long a
-store of so many records takes to open. Without fio (apt-get install fio) the rest is measured.
+on a core of its own loses that asks for answers every 5 ms, as the thread of an engine does with every step,
+what it loses beside fio, of which it knows nothing, and what part of its time it spends on the disk. The
+second: how long a store of so many records takes to open. Without fio (apt-get install fio) the rest is
+measured.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from kvbm.bench.report import make_parser, progress, words, write_figures
+from kvbm.digest import digest
 from kvbm.storage.client import StorageClient
 from kvbm.storage.containers import ensure_room, paths_of, stride_of
 from kvbm.storage.disk_store import DiskStore
@@ -80,20 +82,25 @@ class Ours:
             self.client.poll()
             time.sleep(0.001)
         self.hashes = np.random.default_rng(1).integers(0, 256, (records, 16), np.uint8)
-        self.engine_cpu_s = 0.0  # what this process spent on the last run
+        self.engine_s = 0.0  # what this process has spent in steps
         self._id = 0
 
-    def run(self, write: bool, rng: np.random.Generator, poll_s: float = 2e-4) -> float:
+    def run(self, write: bool, rng: np.random.Generator) -> float:
         """Bytes per second over all records once, in random order."""
+        started = time.perf_counter()
+        for _ in self.steps(write, rng):
+            time.sleep(2e-4)
+        return self.records * self.arena.record_bytes / (time.perf_counter() - started)
+
+    def steps(self, write: bool, rng: np.random.Generator) -> Iterator[None]:
+        """The same; what an engine does for it in a step, in each."""
         order = rng.permutation(self.records).astype(np.int32)
         host = np.arange(self.records, dtype=np.int32) % self.arena.num_slots
         batches = [slice(at, at + BATCH) for at in range(0, self.records, BATCH)]
         most = max(1, self.arena.num_slots // BATCH)
         in_flight = failed = 0
-        self.engine_cpu_s = 0.0
-        started = time.perf_counter()
         while batches or in_flight:
-            busy_since = time.thread_time()
+            busy_since = time.perf_counter()
             while batches and in_flight < most:
                 part = batches.pop(0)
                 slots = order[part]
@@ -114,12 +121,10 @@ class Ours:
             for result in self.client.poll().results:
                 in_flight -= 1
                 failed += len(result.failed)
-            self.engine_cpu_s += time.thread_time() - busy_since
-            time.sleep(poll_s)
-        seconds = time.perf_counter() - started
+            self.engine_s += time.perf_counter() - busy_since
+            yield
         if failed:
             sys.exit(f"{failed} records failed")
-        return self.records * self.arena.record_bytes / seconds
 
     def cpu_seconds(self) -> float:
         fields = Path(f"/proc/{self.client.pid}/stat").read_text().rpartition(")")[2].split()
@@ -184,23 +189,24 @@ def apart(pid: int) -> tuple[set[int], set[int]]:
     return {first}, rest
 
 
-def loop_rate(
-    seconds: float, own: set[int], rest: set[int], meanwhile: Callable[[], Any] | None = None
-) -> float:
-    """Iterations per second of a Python loop; the other thread only waits for the I/O process."""
+def loop_rate(core: set[int], steps: Iterator[None] | None = None) -> float:
+    """Iterations per second of a Python loop on `core`, in a second or while it makes steps, each STEP_S."""
     cores = os.sched_getaffinity(0)
-    with ThreadPoolExecutor(1, initializer=lambda: os.sched_setaffinity(0, rest)) as pool:
-        other = pool.submit(meanwhile) if meanwhile else None
-        os.sched_setaffinity(0, own)
-        count, started = 0, time.perf_counter()
-        while time.perf_counter() - started < seconds or (other is not None and not other.done()):
-            for _ in range(1000):
-                count += 1
-        rate = count / (time.perf_counter() - started)
-        os.sched_setaffinity(0, cores)
-        if other is not None:
-            other.result()
-    return rate
+    os.sched_setaffinity(0, core)
+    count, now = 0, time.perf_counter()
+    started = next_step = now
+    over = False
+    while not over:
+        for _ in range(1000):
+            count += 1
+        now = time.perf_counter()
+        if steps is None:
+            over = now >= started + 1.0
+        elif now >= next_step:
+            next_step = now + STEP_S
+            over = next(steps, "over") is not None
+    os.sched_setaffinity(0, cores)
+    return count / (time.perf_counter() - started)
 
 
 def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -228,25 +234,24 @@ def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 plain(ours.arena.slots, paths, kind == "write", *amount, depth[kind])
             )
         ours.run(True, rng)  # what others have overwritten
-    loop: dict[str, list[float]] = {"alone": [], "beside fio": [], "beside KVBM": []}
+    loop: dict[str, list[float]] = {"alone": [], "beside fio": [], "with KVBM": []}
     shares: list[float] = []
-    cores = apart(ours.client.pid or 0)
-
-    def as_an_engine() -> None:
-        rate = ours.run(False, rng, STEP_S)
-        shares.append(ours.engine_cpu_s * rate / (records * record))
-
+    core, rest = apart(ours.client.pid or 0)
     for _ in progress(range(args.rounds), "a Python loop meanwhile"):
-        loop["alone"].append(loop_rate(1.0, *cores))
+        loop["alone"].append(loop_rate(core))
         if "fio" in others:
-            loop["beside fio"].append(
-                loop_rate(1.0, *cores, lambda: fio(paths, False, *amount, depth["read"]))
-            )
-        loop["beside KVBM"].append(loop_rate(1.0, *cores, as_an_engine))
+            with ThreadPoolExecutor(1, initializer=lambda: os.sched_setaffinity(0, rest)) as pool:
+                other = pool.submit(fio, paths, False, *amount, depth["read"])
+                time.sleep(0.5)  # until it has begun
+                loop["beside fio"].append(loop_rate(core))
+                other.result()
+        before, started = ours.engine_s, time.perf_counter()
+        loop["with KVBM"].append(loop_rate(core, ours.steps(False, rng)))
+        shares.append((ours.engine_s - before) / (time.perf_counter() - started))
     started = time.process_time()
     for data in ours.arena.records():  # more than any cache holds, as after a transfer
-        xxhash.xxh3_64_intdigest(data.data)
-    checksum = (time.process_time() - started) / (ours.arena.num_slots * record / 1e9)
+        digest(data)
+    checksum_s = (time.process_time() - started) / (ours.arena.num_slots * record / 1e9)
     ours.client.close()
     median = {name: statistics.median(values) / 1e9 for name, values in rates.items()}
     return {
@@ -264,8 +269,8 @@ def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for other in others
         },
         "CPU s per GB": {kind: round(statistics.median(values), 3) for kind, values in cpu.items()},
-        "of these the checksum": round(checksum, 3),
-        "part of a core that the engine's process spends on it": round(statistics.median(shares), 4),
+        "of these the checksum": round(checksum_s, 3),
+        "part of its time that the loop spends on the disk": round(statistics.median(shares), 4),
         "python loop, part of its rate alone while the disk reads": {
             name: round(statistics.median(rates) / statistics.median(loop["alone"]), 4)
             for name, rates in loop.items()
@@ -332,11 +337,11 @@ def show(result: dict[str, Any]) -> None:
     cpu = result["CPU s per GB"]
     print(f"{'CPU seconds per GB':<24}" + "".join(f"{cpu[kind]:8.2f}" for kind in depth))
     print(f"{'of these the checksum':<24}{result['of these the checksum']:8.2f}")
-    share = result["part of a core that the engine's process spends on it"]
-    print(f"the engine's process spends {100 * share:.2f} % of a core on it")
     for beside, part in result["python loop, part of its rate alone while the disk reads"].items():
         if beside != "alone":
             print(f"a Python loop {beside} keeps {100 * part:.1f} % of its speed")
+    share = result["part of its time that the loop spends on the disk"]
+    print(f"with KVBM it spends {100 * share:.2f} % of its time on the disk")
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -35,6 +35,7 @@ from kvbm.storage.messages import (
     Request,
     Status,
 )
+from kvbm.storage.reply_count import ReplyCount
 from kvbm.storage.store import Found
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ _BACKOFF_S = (1.0, 60.0)  # first and longest pause before a dead process is sta
 _LIVED_LONG_S = 120.0  # after which its death counts as the first again
 _MAX_UNSENT = 1000
 _CLOSING_S = 5.0
+_LOOK_EVERY = 8  # calls of `poll`: whether the process is alive and in time
 _OVERDUE = 2.0  # times its timeout, after which a batch shows that the process hangs, and it is killed
 
 
@@ -90,6 +92,8 @@ class StorageClient:
         self._found: list[Found] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._sent_to_us: ReplyCount | None = None
+        self._polls = 0
         self._starting: threading.Thread | None = None
         self._restart_at = 0.0
         self._buffer = bytearray(MAX_MESSAGE)  # kept: an engine asks in every step
@@ -127,12 +131,17 @@ class StorageClient:
 
     def poll(self) -> Replies:
         replies = Replies()
-        self._send_due()
-        for id_ in self._lost:
-            self._fail(id_, replies)
-        self._lost = []
-        self._receive(replies)
-        self._check(replies)
+        self._polls += 1
+        look = self._process is None or self._polls % _LOOK_EVERY == 0
+        count = self._sent_to_us
+        if look or self._lost or self._clear_due or self._discards or count is None or count.is_due:
+            self._send_due()
+            for id_ in self._lost:
+                self._fail(id_, replies)
+            self._lost = []
+            self._receive(replies, until_empty=look)
+        if look:
+            self._check(replies)
         return replies
 
     def close(self) -> None:
@@ -176,8 +185,10 @@ class StorageClient:
             del self._discards[0]
         return True
 
-    def _receive(self, replies: Replies) -> None:
-        while self._socket is not None:
+    def _receive(self, replies: Replies, until_empty: bool) -> None:
+        """until_empty: of what is there, and to see the end of a process."""
+        count = self._sent_to_us
+        while self._socket is not None and count is not None and (until_empty or count.is_due):
             try:
                 size = self._socket.recv_into(self._buffer)
             except BlockingIOError:
@@ -188,6 +199,7 @@ class StorageClient:
                 self._socket.close()
                 self._socket = None
                 return
+            count.add_received()
             self._take(self._replies.decode(memoryview(self._buffer)[:size]), replies)
 
     def _take(self, reply: Reply, replies: Replies) -> None:
@@ -274,10 +286,11 @@ class StorageClient:
     def _start(self) -> None:
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with theirs:
+            count = ReplyCount()
+            with theirs, contextlib.closing(count):
                 ours.setblocking(False)
                 ours.send(self._encode(self._options))
-                fds = (self._arena_fd, theirs.fileno())
+                fds = (self._arena_fd, theirs.fileno(), count.fd)
                 process = subprocess.Popen(
                     # -P: the current directory must not shadow modules
                     [sys.executable, "-P", "-m", "kvbm.storage.process", *map(str, fds)],
@@ -290,7 +303,7 @@ class StorageClient:
             self._restart_at = self._clock() + self._backoff_s
             return
         self._started_at = self._clock()
-        self._process, self._socket = process, ours
+        self._sent_to_us, self._socket, self._process = count, ours, process
 
 
 def _environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The I/O process of one rank: python -m kvbm.storage.process ARENA_FD SOCKET_FD
+"""The I/O process of one rank: python -m kvbm.storage.process ARENA_FD SOCKET_FD REPLY_COUNT_FD
 
 It shares the rank's host arena and does all reading and writing of records, so that neither the GIL of the
 engine nor its threads have anything to do with a disk. It ends when the engine does, however that ends: its
@@ -39,6 +39,7 @@ from kvbm.storage.messages import (
     Request,
     Status,
 )
+from kvbm.storage.reply_count import ReplyCount
 from kvbm.storage.store import Found, Key, RecordStore
 
 _FOUND_AT_ONCE = 4096  # records a message: it has to fit a socket's buffer
@@ -51,8 +52,9 @@ logger = logging.getLogger("kvbm.storage")
 class Channel:
     """The socket to the worker. Threads may send at once."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, replies: ReplyCount) -> None:
         self._sock = sock
+        self._replies = replies
         self._lock = threading.Lock()
         self._parent = os.getppid()
         self._requests = msgspec.msgpack.Decoder(Request)
@@ -60,6 +62,7 @@ class Channel:
     def send(self, reply: Reply) -> None:
         with self._lock, contextlib.suppress(OSError):  # nobody listens any more: `receive` ends
             self._sock.send(msgspec.msgpack.encode(reply))
+            self._replies.add_sent()
 
     def options(self) -> Options:
         return msgspec.msgpack.decode(self._sock.recv(MAX_MESSAGE), type=Options)
@@ -310,8 +313,8 @@ def _discard(store: RecordStore, slots: NDArray[np.int32]) -> None:
 
 
 def main() -> None:
-    arena_fd, socket_fd = (int(argument) for argument in sys.argv[1:3])
-    channel = Channel(socket.socket(fileno=socket_fd))
+    arena_fd, socket_fd, replies_fd = map(int, sys.argv[1:4])
+    channel = Channel(socket.socket(fileno=socket_fd), ReplyCount(replies_fd))
     logger.addHandler(_Forward(channel))
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -8,8 +8,7 @@ another model wrote fails one of these comparisons.
 import struct
 from dataclasses import dataclass
 
-import xxhash
-
+from kvbm.digest import digest
 from kvbm.errors import DamagedRecordError
 from kvbm.storage.store import Bytes, Identity, Key
 
@@ -55,12 +54,12 @@ def encode_header(page: Bytes, identity: Identity, header: Header) -> None:
         header.written_at,
         header.checksum,
     )
-    _CHECK.pack_into(page.data, _FIELDS.size, xxhash.xxh3_64_intdigest(page[: _FIELDS.size].data))
+    _CHECK.pack_into(page.data, _FIELDS.size, digest(page[: _FIELDS.size]))
 
 
 def decode_header(page: Bytes, identity: Identity) -> Header:
     """The header in a page; DamagedRecordError where it is not one of this store."""
-    if xxhash.xxh3_64_intdigest(page[: _FIELDS.size].data) != _CHECK.unpack_from(page.data, _FIELDS.size)[0]:
+    if digest(page[: _FIELDS.size]) != _CHECK.unpack_from(page.data, _FIELDS.size)[0]:
         raise DamagedRecordError("its header is damaged")
     magic, form, namespace, rank, ranks, size, slot, epoch, hash_, group, sequence, written_at, checksum = (
         _FIELDS.unpack_from(page.data)
@@ -88,4 +87,4 @@ def check_record(page: Bytes, record: Bytes, identity: Identity, key: Key, slot:
 
 
 def record_digest(record: Bytes, identity: Identity) -> int:
-    return xxhash.xxh3_64_intdigest(record[: identity.record_bytes].data)
+    return digest(record[: identity.record_bytes])

@@ -1,7 +1,5 @@
 """Descriptors of a layout's pieces, built in numpy: what to copy where, for any blocks and records."""
 
-from itertools import pairwise
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -85,26 +83,23 @@ def record_copies(
     record_bytes: int,
     slot_bytes: int,
     chunk_slots: int,
-) -> list[tuple[Addresses, Addresses, Addresses]]:
+) -> tuple[Addresses, Addresses, Addresses, NDArray[np.int64]]:
     """The fewest copies between whole records in slots and dense rows of records, `rows` of them at a time.
 
-    For each such part: (offset in the rows, record address, bytes), shape (n,) each.
+    (offset in the rows, record address, bytes), shape (n,) each; and where the parts begin among them, the
+    end included: shape (parts + 1,).
     """
     slots = slots.astype(np.int64)
     row = np.arange(len(slots), dtype=np.int64) % rows
     together = (slots[1:] == slots[:-1] + 1) & (slots[1:] % chunk_slots != 0) & (row[1:] != 0)
     starts = np.concatenate(([0], np.flatnonzero(~together) + 1))
     lengths = np.diff(starts, append=len(slots))
-    copies = (
+    return (
         row[starts] * slot_bytes,
         records + slots[starts] * slot_bytes,
         lengths * slot_bytes - (slot_bytes - record_bytes),  # without the padding of the last
+        np.searchsorted(starts, np.arange(0, len(slots) + rows, rows)),
     )
-    bounds = np.searchsorted(starts, np.arange(0, len(slots) + rows, rows)).tolist()
-    return [
-        (copies[0][first:last], copies[1][first:last], copies[2][first:last])
-        for first, last in pairwise(bounds)
-    ]
 
 
 def _join(

@@ -5,9 +5,9 @@ damage, not forgery: the arena is this process's own memory.
 """
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
+from kvbm.digest import digest
 from kvbm.transfer.arena import HostArena
 from kvbm.transfer.copy import CopyEngine
 
@@ -79,5 +79,4 @@ class HostRecords:
 
     def _digests(self, slots: NDArray[np.integer]) -> NDArray[np.uint64]:
         records = self.arena.records()
-        digests = (xxhash.xxh3_64_intdigest(records[slot].data) for slot in slots)
-        return np.fromiter(digests, np.uint64, len(slots))
+        return np.fromiter((digest(records[slot]) for slot in slots), np.uint64, len(slots))

@@ -118,7 +118,8 @@ class WorkerSide:
         self.end_loads()
         self._orders = orders
         self._computes = orders.tokens > 0
-        if orders.operations and not self._computes:
+        stores = any(operation.direction == Direction.OFFLOAD for operation in orders.operations)
+        if stores and not self._computes:
             time.sleep(_LET_TOKEN_GO_S)
         self._submit(Direction.OFFLOAD)
         if self._worker is not None:

@@ -2,6 +2,9 @@
 
 import ctypes
 import functools
+import struct
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +12,7 @@ from numpy.typing import NDArray
 
 _ON_STREAM = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM: sources are read in stream order
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+_ARGUMENTS, _ARGUMENTS_SIZE = 1, 2  # CU_LAUNCH_PARAM_BUFFER_POINTER, ..._SIZE
 
 Address = NDArray[np.int64]
 
@@ -29,11 +33,28 @@ class _Attributes(ctypes.Structure):
 
 _ATTRIBUTES = _Attributes(src_access_order=_ON_STREAM)
 _FIRST = ctypes.c_size_t(0)
+_FAILED = ctypes.c_size_t()
+_ATTRIBUTES_AT, _FIRST_AT, _FAILED_AT = map(ctypes.addressof, (_ATTRIBUTES, _FIRST, _FAILED))
+
+
+_POINTER, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint
+_BATCH = [_POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE]
+# Of the calls that are made most, so that they take plain integers.
+_TYPES = {
+    "cuLaunchKernel": [_POINTER, *7 * [_NUMBER], _POINTER, _POINTER, _POINTER],
+    "cuMemcpyBatchAsync": [*_BATCH, _POINTER, _POINTER],
+    "cuMemcpyBatchAsync_v2": [*_BATCH, _POINTER],
+    "cuMemcpyHtoDAsync_v2": [ctypes.c_uint64, _POINTER, _SIZE, _POINTER],
+}
 
 
 @functools.cache
 def _library() -> Any:
-    return ctypes.CDLL("libcuda.so.1")
+    library = ctypes.CDLL("libcuda.so.1")
+    for name, types in _TYPES.items():
+        if hasattr(library, name):
+            getattr(library, name).argtypes = types
+    return library
 
 
 def _call(name: str, *arguments: Any) -> None:
@@ -78,38 +99,99 @@ def unregister(address: int) -> None:
 
 def upload(device: int, data: NDArray[Any], stream: int) -> None:
     """Copy a small array to the device; it may be changed as soon as this returns."""
-    _call(
-        "cuMemcpyHtoDAsync_v2",
-        ctypes.c_uint64(device),
-        ctypes.c_void_p(data.ctypes.data),
-        ctypes.c_size_t(data.nbytes),
-        ctypes.c_void_p(stream),
-    )
+    _call("cuMemcpyHtoDAsync_v2", device, data.ctypes.data, data.nbytes, stream)
+
+
+class CopyBatch:
+    """DMA of n pieces, of which any range is ordered with one call; without order among them.
+
+    Addresses and sizes: int64 arrays of shape (n,).
+    """
+
+    def __init__(self, destinations: Address, sources: Address, sizes: Address) -> None:
+        self._arrays = [np.ascontiguousarray(array, np.int64) for array in (destinations, sources, sizes)]
+        # Looked up once: `ctypes.data` takes as long as the rest of a call.
+        self._addresses = [array.ctypes.data for array in self._arrays]
+
+    def order(self, first: int, last: int, stream: int) -> None:
+        """Pieces first .. last-1."""
+        if first == last:
+            return
+        entry = _batch_entry()
+        if entry is None:
+            for piece in zip(*(array[first:last].tolist() for array in self._arrays), strict=True):
+                _call("cuMemcpyAsync", *map(ctypes.c_uint64, (*piece, stream)))
+            return
+        offset = 8 * first
+        _call(
+            entry,
+            *(address + offset for address in self._addresses),
+            last - first,
+            _ATTRIBUTES_AT,
+            _FIRST_AT,
+            1,
+            *([] if entry.endswith("_v2") else [_FAILED_AT]),  # CUDA 12.8 and 12.9
+            stream,
+        )
 
 
 def copy_batch(destinations: Address, sources: Address, sizes: Address, stream: int) -> None:
-    """DMA of n pieces, shape (n,) each, in one call; without order among them."""
-    if not len(sizes):
-        return
-    entry = _batch_entry()
-    if entry is None:
-        for destination, source, size in zip(
-            destinations.tolist(), sources.tolist(), sizes.tolist(), strict=True
-        ):
-            _call("cuMemcpyAsync", *map(ctypes.c_uint64, (destination, source, size, stream)))
-        return
-    arrays = [np.ascontiguousarray(array, np.int64) for array in (destinations, sources, sizes)]
-    failed_at = ctypes.c_size_t()
-    _call(
-        entry,
-        *(ctypes.c_void_p(array.ctypes.data) for array in arrays),
-        ctypes.c_size_t(len(sizes)),
-        ctypes.byref(_ATTRIBUTES),
-        ctypes.byref(_FIRST),
-        ctypes.c_size_t(1),
-        *([] if entry.endswith("_v2") else [ctypes.byref(failed_at)]),  # CUDA 12.8 and 12.9
-        ctypes.c_void_p(stream),
-    )
+    """All pieces of a `CopyBatch`."""
+    CopyBatch(destinations, sources, sizes).order(0, len(sizes), stream)
+
+
+class Kernel:
+    """A kernel that a compiler has loaded. Any thread may launch it, several at once.
+
+    function: its handle (CUfunction); parameters: how many it is given at a launch, the rest is set to zero.
+    Raises CudaError where the driver does not tell how they are laid out (before CUDA 12.4).
+    """
+
+    def __init__(self, function: int, parameters: int, threads: int, shared_bytes: int) -> None:
+        places = _parameter_places(function)
+        if len(places) < parameters:
+            raise CudaError(f"a kernel of {len(places)} parameters can't take {parameters}")
+        layout, end = "=", 0
+        for offset, size in places:
+            layout += f"{offset - end}x{'i' if size == 4 else 'q'}"
+            end = offset + size
+        self._pack_into = struct.Struct(layout).pack_into
+        self._rest = (0,) * (len(places) - parameters)
+        self._bytes = end
+        self._block = (threads, 1, 1, shared_bytes)
+        self._function = function
+        self._own = threading.local()
+
+    def launch(self, programs: int, stream: int, arguments: Sequence[int]) -> None:
+        """arguments: integers and addresses."""
+        try:
+            packed, extra, _ = self._own.buffer
+        except AttributeError:
+            packed, extra, _ = self._own.buffer = self._new_buffer()
+        self._pack_into(packed, 0, *arguments, *self._rest)
+        _call("cuLaunchKernel", self._function, programs, 1, 1, *self._block, stream, None, extra)
+
+    def _new_buffer(self) -> tuple[Any, Any, Any]:
+        """Memory that a launch reads before it returns, the `extra` that points to it, and its size."""
+        packed, size = ctypes.create_string_buffer(self._bytes), ctypes.c_size_t(self._bytes)
+        at, size_at = ctypes.addressof(packed), ctypes.addressof(size)
+        return packed, (_POINTER * 5)(_ARGUMENTS, at, _ARGUMENTS_SIZE, size_at, None), size
+
+
+def _parameter_places(function: int) -> list[tuple[int, int]]:
+    """Offset and size of each parameter of a kernel, in bytes."""
+    if not hasattr(_library(), "cuFuncGetParamInfo"):
+        raise CudaError("the driver does not tell the parameters of a kernel")
+    offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+    places: list[tuple[int, int]] = []
+    while not _library().cuFuncGetParamInfo(
+        ctypes.c_void_p(function),
+        ctypes.c_size_t(len(places)),
+        ctypes.byref(offset),
+        ctypes.byref(size),
+    ):
+        places.append((offset.value, size.value))
+    return places
 
 
 @functools.cache

@@ -9,9 +9,10 @@ PCIe 5); staged reaches 97 % with every layout, at the price of a little device 
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,8 +26,10 @@ from kvbm.transfer.cuda import driver
 from kvbm.transfer.cuda.pinning import PinnedArena, slots_per_chunk
 from kvbm.transfer.layout import KvLayout
 from kvbm.transfer.numa import cpus_near
-from kvbm.transfer.pieces import PieceTable, block_copies, record_copies
+from kvbm.transfer.pieces import Addresses, PieceTable, block_copies, record_copies
 
+if TYPE_CHECKING:
+    from kvbm.transfer.cuda.kernel import PieceCopies
 try:
     from kvbm.transfer.cuda import kernel
 except ImportError:  # torch without Triton: DMA alone
@@ -57,20 +60,10 @@ class CudaCopyEngine(CopyEngine):
         with torch.cuda.device(device):
             torch.cuda.current_stream().query()  # makes the context current
             self._context = driver.current_context()
-            self._table = torch.from_numpy(
-                np.stack(
-                    [
-                        self._pieces.address,
-                        self._pieces.block_stride,
-                        self._pieces.size // 8,
-                        self._pieces.offset,
-                    ]
-                )
-            ).to(device)
             self._lanes = {direction: _Lane(device, arena.slot_bytes) for direction in ("offload", "onboard")}
             self._in_step = torch.cuda.Stream(device)
         self._groups = _layer_groups(layout, len(self._pieces))
-        self._words = (int(self._pieces.size.min()) // 8, int(self._pieces.size.max()) // 8)
+        self._piece_copies = self._prepare_kernel()
         try:
             self._pinned = PinnedArena(
                 arena,
@@ -83,7 +76,7 @@ class CudaCopyEngine(CopyEngine):
             raise CapacityError(
                 f"CUDA can't pin host memory: {error}. Raise the locked-memory limit (ulimit -l)."
             ) from error
-        self._can_launch = self._try_kernel()
+        self._try_kernel()
         self._methods = self._choose_methods(method)
 
     copies_by_itself = True
@@ -138,103 +131,93 @@ class CudaCopyEngine(CopyEngine):
         order = {Method.DMA: self._dma, Method.KERNEL: self._kernel, Method.STAGED: self._staged}[method]
         with lane.lock:
             try:
-                stream = order(direction == "offload", lane, blocks, slots, after)
+                streams = order(direction == "offload", lane, blocks, slots, after)
             except Exception:
                 lane.synchronize()  # what was ordered before the error must not go on unknown to anybody
                 raise
-            over = torch.cuda.Event(blocking=True)
-            over.record(stream)
-        return CudaTransfer(over)
+            return CudaTransfer([_mark(stream) for stream in streams])
 
-    # Each orders a copy and returns the stream on which it ends.
+    # Each orders a copy and returns the streams on which it ends.
 
     def _dma(
         self, offload: bool, lane: "_Lane", blocks: Indices, slots: Indices, after: object
-    ) -> torch.cuda.Stream:
-        _wait(lane.dma, after)
+    ) -> Sequence[torch.cuda.Stream]:
+        stream = lane.halves[0].stream
+        _wait(stream, after)
         device, host, sizes = self._block_copies((0, len(self._pieces)), blocks, slots)
-        _copy_batch(offload, device, host, sizes, lane.dma)
-        return lane.dma
+        driver.copy_batch(*_to_and_from(offload, device, host), sizes, stream.cuda_stream)
+        return [stream]
 
     def _kernel(
         self, offload: bool, lane: "_Lane", blocks: Indices, slots: Indices, after: object
-    ) -> torch.cuda.Stream:
+    ) -> Sequence[torch.cuda.Stream]:
         assert kernel is not None
-        _wait(lane.kernels, after)
+        half = lane.halves[0]
+        _wait(half.stream, after)
         programs = kernel.PROGRAMS_TO_HOST if offload else kernel.PROGRAMS_FROM_HOST
-        with torch.cuda.stream(lane.kernels):
-            for part in _parts(len(slots), _MAX_BLOCKS):
-                index = lane.upload(blocks[part], slots[part])
-                self._launch(index, self._arena.address, gather=offload, programs=programs)
-        return lane.kernels
+        for part in _parts(len(slots), _MAX_BLOCKS):
+            index = _upload(half.index, blocks[part], slots[part], half.stream)
+            self._launch(half.stream, index, self._arena.address, gather=offload, programs=programs)
+        return [half.stream]
 
     def _staged(
         self, offload: bool, lane: "_Lane", blocks: Indices, slots: Indices, after: object
-    ) -> torch.cuda.Stream:
-        _wait(lane.kernels, after)  # the bus may run ahead with loads: only what writes blocks has to wait
-        with torch.cuda.stream(lane.kernels):
-            for chunk in _parts(len(slots), _MAX_BLOCKS):
-                rows = np.arange(len(slots[chunk])) % lane.staged_blocks
-                index = lane.upload(blocks[chunk], rows)
-                copies = record_copies(
-                    slots[chunk],
-                    lane.staged_blocks,
-                    records=self._arena.address,
-                    record_bytes=self._arena.record_bytes,
-                    slot_bytes=self._arena.slot_bytes,
-                    chunk_slots=self._chunk_slots,
-                )
-                for part, own in zip(_parts(len(rows), lane.staged_blocks), copies, strict=True):
-                    self._stage(offload, lane, index.part(part), *own)
-        return lane.dma if offload else lane.kernels
-
-    def _stage(
-        self, offload: bool, lane: "_Lane", index: "_Index", offsets: Any, host: Any, sizes: Any
-    ) -> None:
-        """What fits into half the staging memory, while the other half is on the bus."""
+    ) -> Sequence[torch.cuda.Stream]:
+        """Through the halves in turn: the bus moves what is in one, a kernel packs or unpacks the other."""
         assert kernel is not None
-        half = lane.next_half()
         programs = kernel.PROGRAMS_TO_PACK if offload else kernel.PROGRAMS_TO_UNPACK
-        staging = offsets + half.memory.data_ptr()
-
-        def pack() -> None:
-            self._launch(index, half.memory.data_ptr(), gather=offload, programs=programs)
-
-        def move() -> None:
-            _copy_batch(offload, staging, host, sizes, lane.dma)
-
-        stages = ((lane.kernels, pack), (lane.dma, move))
-        (first, begin), (second, finish) = stages if offload else stages[::-1]
-        first.wait_event(half.free)
-        begin()
-        half.full.record(first)
-        second.wait_event(half.full)
-        finish()
-        half.free.record(second)
+        waiting = set(lane.halves)
+        for chunk in _parts(len(slots), _MAX_BLOCKS):
+            for half in lane.halves:
+                half.upload(blocks[chunk])
+            offsets, host, sizes, bounds = record_copies(
+                slots[chunk],
+                lane.staged_blocks,
+                records=self._arena.address,
+                record_bytes=self._arena.record_bytes,
+                slot_bytes=self._arena.slot_bytes,
+                chunk_slots=self._chunk_slots,
+            )
+            parts = list(_parts(len(slots[chunk]), lane.staged_blocks))
+            halves = [lane.next_half() for _ in parts]
+            staged = offsets + np.repeat([half.address for half in halves], np.diff(bounds))
+            batch = driver.CopyBatch(*_to_and_from(offload, staged, host), sizes)
+            for half, part, (first, last) in zip(halves, parts, pairwise(bounds.tolist()), strict=True):
+                stream = half.stream
+                if not offload:  # the bus may run ahead with loads: only what writes blocks has to wait
+                    batch.order(first, last, stream.cuda_stream)
+                if half in waiting:
+                    waiting.remove(half)
+                    _wait(stream, after)
+                self._launch(stream, half.staged(part), half.address, gather=offload, programs=programs)
+                if offload:
+                    batch.order(first, last, stream.cuda_stream)
+        return [half.stream for half in lane.halves if half not in waiting]
 
     def start_in_step(self, device_blocks: Indices, host_slots: Indices) -> InStepLoad:
         """Group of layers by group. By kernel: the engine has no other use for its SMs meanwhile."""
         stream = self._in_step
         stream.wait_stream(torch.cuda.current_stream(self._device))
         events = []
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):  # whose memory it is
             memory = torch.empty(2 * len(host_slots), dtype=torch.int32, device=self._device)
-            index = _upload(memory, device_blocks, host_slots, stream)
-            for group in self._groups.ranges:
-                if kernel is not None and self._can_launch:
-                    self._launch(
-                        index,
-                        self._arena.address,
-                        group,
-                        gather=False,
-                        programs=kernel.PROGRAMS_FROM_HOST,
-                    )
-                else:
-                    device, host, sizes = self._block_copies(group, device_blocks, host_slots)
-                    _copy_batch(False, device, host, sizes, stream)
-                event = torch.cuda.Event()
-                event.record(stream)
-                events.append(event)
+        index = _upload(memory, device_blocks, host_slots, stream)
+        for group in self._groups.ranges:
+            if kernel is not None and self._piece_copies is not None:
+                self._launch(
+                    stream,
+                    index,
+                    self._arena.address,
+                    group,
+                    gather=False,
+                    programs=kernel.PROGRAMS_FROM_HOST,
+                )
+            else:
+                device, host, sizes = self._block_copies(group, device_blocks, host_slots)
+                driver.copy_batch(device, host, sizes, stream.cuda_stream)
+            event = torch.cuda.Event()
+            event.record(stream)
+            events.append(event)
         return _CudaInStepLoad(self._device, events, self._groups.by_name)
 
     # ---- inside ----
@@ -244,20 +227,32 @@ class CudaCopyEngine(CopyEngine):
             torch.cuda.set_device(self._device)
             driver.enter_thread(self._context)
 
-    def _try_kernel(self) -> bool:
-        """Whether the kernel works here. It is compiled when first launched: not in the middle of a step."""
+    def _prepare_kernel(self) -> "PieceCopies | None":
         if kernel is None or not self._pieces.aligned(kernel.ALIGNMENT):
-            return False
+            return None
+        pieces = self._pieces
+        words = pieces.size // 8
+        table = np.stack([pieces.address, pieces.block_stride, words, pieces.offset])
+        return kernel.PieceCopies(
+            torch.from_numpy(table).to(self._device),
+            (int(words.min()), int(words.max())),
+            self._arena.slot_bytes,
+        )
+
+    def _try_kernel(self) -> None:
+        """See whether the kernel works. It is compiled when first launched: not in the middle of a step."""
+        if self._piece_copies is None:
+            return
         try:
-            for direction in ("offload", "onboard"):
+            for direction in ("offload", "onboard") * 2:  # from the second on without Triton's launcher
                 self._calibration_copy(direction, Method.KERNEL, 1)
         except Exception as error:  # Triton needs a C compiler, for one
             logger.warning("KVBM: blocks are copied without a kernel, more slowly: %s", error)
-            return False
-        return True
+            self._piece_copies = None
 
     def _launch(
         self,
+        stream: torch.cuda.Stream,
         index: "_Index",
         records: int,
         pieces: tuple[int, int] | None = None,
@@ -265,18 +260,15 @@ class CudaCopyEngine(CopyEngine):
         gather: bool,
         programs: int,
     ) -> None:
-        assert kernel is not None
-        kernel.launch(
+        assert self._piece_copies is not None
+        self._piece_copies.launch(
+            stream,
             index.memory,
             index.start,
             index.row,
             index.count,
-            self._table,
-            len(self._pieces),
             pieces or (0, len(self._pieces)),
-            self._words,
             records,
-            self._arena.slot_bytes,
             gather=gather,
             programs=programs,
         )
@@ -293,7 +285,7 @@ class CudaCopyEngine(CopyEngine):
         )
 
     def _choose_methods(self, wanted: Method | None) -> MethodTable:
-        methods = list(Method) if self._can_launch else [Method.DMA]
+        methods = list(Method) if self._piece_copies is not None else [Method.DMA]
         if wanted is not None and wanted in methods:
             return always(wanted)
         if len(methods) == 1 or self._pieces.contiguous:
@@ -320,12 +312,22 @@ class CudaCopyEngine(CopyEngine):
 
 
 class _Half:
-    """One of the two staging areas of a lane."""
+    """One of the two staging areas of a lane. The order of its stream protects its memory."""
 
-    def __init__(self, memory: torch.Tensor) -> None:
-        self.memory = memory
-        self.free = torch.cuda.Event()  # all that used it is over
-        self.full = torch.cuda.Event()  # the first stage is over
+    def __init__(self, device: torch.device, blocks: int, slot_bytes: int) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self._memory = torch.empty(blocks * slot_bytes, dtype=torch.uint8, device=device)
+        self.address = self._memory.data_ptr()
+        # Blocks and records of a copy, then the rows of the staging area.
+        self.index = torch.arange(-2 * _MAX_BLOCKS, blocks, dtype=torch.int32, device=device)
+        self.stream.wait_stream(torch.cuda.current_stream(device))
+
+    def upload(self, blocks: Indices) -> None:
+        driver.upload(self.index.data_ptr(), blocks.astype(np.int32), self.stream.cuda_stream)
+
+    def staged(self, part: slice) -> "_Index":
+        """Blocks of a part of what was uploaded, which go to the rows from the first on."""
+        return _Index(self.index, 2 * _MAX_BLOCKS - part.start, part.start, part.stop - part.start)
 
 
 class _Lane:
@@ -333,27 +335,17 @@ class _Lane:
 
     def __init__(self, device: torch.device, slot_bytes: int) -> None:
         self.lock = threading.Lock()
-        self.kernels = torch.cuda.Stream(device)
-        self.dma = torch.cuda.Stream(device)
         staging = torch.cuda.get_device_properties(device).total_memory // _STAGING_SHARE
         self.staged_blocks = min(_MAX_BLOCKS, max(1, staging // slot_bytes))
-        self._index = torch.empty(2 * _MAX_BLOCKS, dtype=torch.int32, device=device)
-        self._halves = [
-            _Half(torch.empty(self.staged_blocks * slot_bytes, dtype=torch.uint8, device=device))
-            for _ in range(2)
-        ]
-
-    def upload(self, blocks: Indices, records: Indices) -> "_Index":
-        """Stream order protects the memory: this comes behind the kernels that read what was there."""
-        return _upload(self._index, blocks, records, self.kernels)
+        self.halves = [_Half(device, self.staged_blocks, slot_bytes) for _ in range(2)]
 
     def synchronize(self) -> None:
-        self.kernels.synchronize()
-        self.dma.synchronize()
+        for half in self.halves:
+            half.stream.synchronize()
 
     def next_half(self) -> _Half:
-        self._halves.reverse()
-        return self._halves[0]
+        self.halves.reverse()
+        return self.halves[0]
 
 
 class _LayerGroups:
@@ -372,17 +364,24 @@ def _layer_groups(layout: KvLayout, num_pieces: int) -> _LayerGroups:
 
 
 class CudaTransfer(Transfer):
-    """Ends with an event. Waiting for it leaves the CPU to others."""
+    """Ends with the last of some events. Waiting for them leaves the CPU to others."""
 
-    def __init__(self, over: torch.cuda.Event) -> None:
-        self._over = over
+    def __init__(self, ends: Sequence[torch.cuda.Event]) -> None:
+        self._ends = ends
 
     @property
     def is_over(self) -> bool:
-        return self._over.query()
+        return all(end.query() for end in self._ends)
 
     def wait(self) -> None:
-        self._over.synchronize()
+        for end in self._ends:
+            end.synchronize()
+
+
+def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event(blocking=True)
+    event.record(stream)
+    return event
 
 
 class _CudaInStepLoad(InStepLoad):
@@ -424,9 +423,6 @@ class _Index:
     start: int
     count: int
 
-    def part(self, part: slice) -> "_Index":
-        return _Index(self.memory, self.row, part.start, part.stop - part.start)
-
 
 def _upload(memory: torch.Tensor, blocks: Indices, records: Indices, stream: torch.cuda.Stream) -> _Index:
     driver.upload(memory.data_ptr(), np.concatenate([blocks, records]).astype(np.int32), stream.cuda_stream)
@@ -438,9 +434,8 @@ def _wait(stream: torch.cuda.Stream, after: object) -> None:
         stream.wait_event(after)
 
 
-def _copy_batch(offload: bool, device: Any, host: Any, sizes: Any, stream: torch.cuda.Stream) -> None:
-    to, source = (host, device) if offload else (device, host)
-    driver.copy_batch(to, source, sizes, stream.cuda_stream)
+def _to_and_from(offload: bool, device: Addresses, host: Addresses) -> tuple[Addresses, Addresses]:
+    return (host, device) if offload else (device, host)
 
 
 def _pci_address(device: torch.device) -> str:

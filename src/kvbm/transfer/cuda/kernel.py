@@ -5,21 +5,25 @@ Records may lie in device memory or in pinned host memory, which it reads and wr
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+
+from kvbm.transfer.cuda import driver
 
 WORD_BYTES = 8
 ALIGNMENT = 16  # of the addresses and sizes of all pieces
 _TILE_WORDS = 2048
 _WARPS = 8
+_PARAMETERS = 11  # of the kernel, without those that it is compiled for
 
 # Programs, each on an SM of its own.
 # Over the bus, measured on an H200 (PCIe 5): fewer lose bandwidth, more gain none.
 PROGRAMS_TO_HOST = 8
 PROGRAMS_FROM_HOST = 16
-# To pack a half of 137 MiB takes 8 SMs 1.5 ms. Medians of cold prompts were lower with 64 in all runs, but in
-# the one that had both not by more than its noise (benchmarks/results/2026-11-26-vllm-in-turn-h100.md).
-PROGRAMS_TO_PACK = 64
+# While a prefill runs. Cold prompts took as long with 64; with 8 perhaps a little longer
+# (benchmarks/results/2026-11-27-vllm-in-turn-h100.md).
+PROGRAMS_TO_PACK = 16
 PROGRAMS_TO_UNPACK = 8  # for loads while others decode
 
 
@@ -76,44 +80,69 @@ def _copy(
                 )
 
 
-def launch(
-    index: object,
-    start: int,
-    row: int,
-    n: int,
-    pieces: object,
-    num_pieces: int,
-    piece_range: tuple[int, int],
-    words: tuple[int, int],
-    records: int,
-    record_stride: int,
-    *,
-    gather: bool,
-    programs: int,
-) -> None:
-    """On torch's current stream: copy a range of pieces of n blocks to (gather) or from their records.
+class PieceCopies:
+    """Launches of the kernel over one table of pieces. Any thread may make them, several at once.
 
-    index: int32 tensor; pieces: int64 tensor, see above; words: least and most in a piece.
+    pieces: int64 tensor (4, pieces), see above, whose words are `words[0]` to `words[1]`.
     """
-    first, last = piece_range
-    tiles = -(-words[1] // _TILE_WORDS)
-    total = tiles * n * (last - first)
-    whole = words[0] == words[1] and words[1] % _TILE_WORDS == 0
-    launcher: Any = _copy
-    launcher[(min(programs, total),)](
-        index,
-        start,
-        row,
-        n,
-        pieces,
-        num_pieces,
-        first,
-        tiles,
-        total,
-        records,
-        record_stride,
-        GATHER=gather,
-        WHOLE_TILES=whole,
-        TILE=_TILE_WORDS,
-        num_warps=_WARPS,
-    )
+
+    def __init__(self, pieces: torch.Tensor, words: tuple[int, int], record_stride: int) -> None:
+        self._pieces = pieces
+        self._tiles = -(-words[1] // _TILE_WORDS)
+        self._whole = words[0] == words[1] and words[1] % _TILE_WORDS == 0
+        self._stride = record_stride
+        self._compiled: dict[bool, driver.Kernel | None] = {}
+
+    def launch(
+        self,
+        stream: torch.cuda.Stream,
+        index: torch.Tensor,
+        start: int,
+        row: int,
+        n: int,
+        piece_range: tuple[int, int],
+        records: int,
+        *,
+        gather: bool,
+        programs: int,
+    ) -> None:
+        """Copy a range of pieces of n blocks to (gather) or from their records, which begin at `records`.
+
+        index: int32 tensor, see above.
+        """
+        first, last = piece_range
+        total = self._tiles * n * (last - first)
+        programs = min(programs, total)
+        numbers = start, row, n
+        rest = self._pieces.shape[1], first, self._tiles, total, records, self._stride
+        compiled = self._compiled.get(gather)
+        if compiled is not None:
+            addresses = index.data_ptr(), self._pieces.data_ptr()
+            arguments = addresses[0], *numbers, addresses[1], *rest
+            compiled.launch(programs, stream.cuda_stream, arguments)
+            return
+        launcher: Any = _copy
+        with torch.cuda.stream(stream):
+            found = launcher[(programs,)](
+                index,
+                *numbers,
+                self._pieces,
+                *rest,
+                GATHER=gather,
+                WHOLE_TILES=self._whole,
+                TILE=_TILE_WORDS,
+                num_warps=_WARPS,
+            )
+        if gather not in self._compiled:
+            self._compiled[gather] = _without_launcher(found)
+
+
+def _without_launcher(compiled: Any) -> driver.Kernel | None:
+    """To launch it directly: Triton's launcher takes 20 us, this 5. None if that can't be done."""
+    try:
+        data = compiled.metadata
+        if data.num_ctas != 1 or data.global_scratch_size or data.profile_scratch_size:
+            return None
+        return driver.Kernel(compiled.function, _PARAMETERS, 32 * data.num_warps, data.shared)
+    except (AttributeError, TypeError, driver.CudaError):  # another version of Triton, or of the driver
+        return None
