@@ -61,8 +61,9 @@ class Rank:
         known = np.array(digests, np.uint64).tobytes() if checksums else b""
         return self._submit(True, records, timeout_s, known)
 
-    def read(self, records: dict[int, int], *, timeout_s: float = 30.0) -> int:
-        for slot in records:
+    def read(self, records: dict[int, int], *, timeout_s: float = 30.0, wipe: bool = True) -> int:
+        """wipe: the slots, which no other batch may be using."""
+        for slot in records if wipe else ():
             self.data(slot)[:] = 0xEE
         return self._submit(False, records, timeout_s, b"")
 

@@ -180,7 +180,7 @@ def test_a_killed_process_costs_its_batches_and_nothing_else(tmp_path: Path, see
     with rank(tmp_path) as it:
         assert it.wrote(numbers(range(16)))
         ids = {it.write({slot: slot}): slot for slot in range(16, DISK_SLOTS)}
-        reads = [it.read(numbers(range(16))) for _ in range(10)]
+        reads = [it.read(numbers(range(16)), wipe=i == 0) for i in range(10)]
         time.sleep(chance.random() * 0.003)
         old = kill(it)
         for id_ in [*ids, *reads]:

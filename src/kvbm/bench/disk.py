@@ -222,18 +222,26 @@ def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rates = {f"{who} {kind}": list[float]() for who in ("kvbm", *others) for kind in ("write", "read")}
     cpu: dict[str, list[float]] = {"write": [], "read": []}
     ours.run(True, rng)  # first writes convert the file system's extents, for both
-    for _ in progress(range(args.rounds), "throughput"):
-        for kind in ("write", "read"):
+
+    def measure(who: str, kind: str) -> None:
+        write = kind == "write"
+        if who == "kvbm":
             before = ours.cpu_seconds()
-            rates[f"kvbm {kind}"].append(ours.run(kind == "write", rng))
+            rate = ours.run(write, rng)
             cpu[kind].append((ours.cpu_seconds() - before) / (records * record / 1e9))
+        elif who == "fio":
+            rate = fio(paths, write, *amount, depth[kind])
+        else:
+            rate = plain(ours.arena.slots, paths, write, *amount, depth[kind])
+        rates[f"{who} {kind}"].append(rate)
+
+    order = ["kvbm", *others]
+    for _ in progress(range(args.rounds), "throughput"):
         for kind in ("read", "write"):
-            if "fio" in others:
-                rates[f"fio {kind}"].append(fio(paths, kind == "write", *amount, depth[kind]))
-            rates[f"plain {kind}"].append(
-                plain(ours.arena.slots, paths, kind == "write", *amount, depth[kind])
-            )
+            for who in order:
+                measure(who, kind)
         ours.run(True, rng)  # what others have overwritten
+        order.append(order.pop(0))  # a drive may be faster after a rest
     loop: dict[str, list[float]] = {"alone": [], "beside fio": [], "with KVBM": []}
     shares: list[float] = []
     core, rest = apart(ours.client.pid or 0)

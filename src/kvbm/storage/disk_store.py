@@ -11,6 +11,7 @@ import fcntl
 import logging
 import mmap
 import os
+import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -270,17 +271,17 @@ class _Pages:
 
     def __init__(self, count: int) -> None:
         self.memory = np.frombuffer(mmap.mmap(-1, count * HEADER_BYTES), np.uint8)
-        self._free = list(self.memory.reshape(count, HEADER_BYTES))
-        self._available = threading.Semaphore(count)
+        self._free: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
+        for page in self.memory.reshape(count, HEADER_BYTES):
+            self._free.put(page)
 
     @contextlib.contextmanager
     def one(self) -> Iterator[Bytes]:
-        with self._available:
-            page = self._free.pop()
-            try:
-                yield page
-            finally:
-                self._free.append(page)
+        page = self._free.get()
+        try:
+            yield page
+        finally:
+            self._free.put(page)
 
 
 def _lock_folder(folder: Path, patience_s: float) -> int:

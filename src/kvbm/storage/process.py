@@ -150,8 +150,10 @@ class Executor:
         with self._work:
             self._clears += 1
             waiting, self._writes = self._writes, deque()
-        for batch, i in waiting:
-            self._finish(batch, i, Status.ERROR)
+            replies = [self._settle(batch, i, Status.ERROR) for batch, i in waiting]
+        for reply in replies:
+            if reply is not None:
+                self._channel.send(reply)
         self._store.clear()
         self._channel.send(Cleared())
 
@@ -168,27 +170,39 @@ class Executor:
     # ---- in the threads ----
 
     def _run(self) -> None:
-        while (work := self._next()) is not None:
+        work = self._next()
+        while work is not None:
             batch, i = work
-            try:
-                status = self._execute(batch, i)
-            finally:
+            status = self._execute(batch, i)
+            with self._work:
                 if batch.request.write:
-                    with self._work:
-                        self._writing -= 1
-                        self._work.notify()
-            self._finish(batch, i, status)
+                    self._writing -= 1
+                reply = self._settle(batch, i, status)
+                # At once, rather than by another thread that would have to be woken for it.
+                work = self._take()
+                if self._writes and self._writing < self._max_writing:  # this one reads now
+                    self._work.notify()
+            if reply is not None:
+                self._channel.send(reply)
+            if work is None:
+                work = self._next()
 
     def _next(self) -> tuple[_Batch, int] | None:
+        """Waits for work; None when closed."""
         with self._work:
-            while not self._closed:
-                if self._reads:
-                    return self._reads.popleft()
-                if self._writes and self._writing < self._max_writing:
-                    self._writing += 1
-                    return self._writes.popleft()
+            while (work := self._take()) is None and not self._closed:
                 self._work.wait()
+            return work
+
+    def _take(self) -> tuple[_Batch, int] | None:
+        if self._closed:
             return None
+        if self._reads:
+            return self._reads.popleft()
+        if self._writes and self._writing < self._max_writing:
+            self._writing += 1
+            return self._writes.popleft()
+        return None
 
     def _execute(self, batch: _Batch, i: int) -> Status:
         if time.monotonic() > batch.deadline:
@@ -217,22 +231,20 @@ class Executor:
             return Status.ERROR
         return Status.DONE
 
-    def _finish(self, batch: _Batch, i: int, status: Status) -> None:
-        with self._work:
-            if status:
-                batch.failed.append(i)
-                batch.status = max(batch.status, status)
-            batch.left -= 1
-            if batch.left:
-                return
-            now = time.monotonic()
-            seconds = now - max(batch.received, self._read_until)
-            if not batch.request.write:
-                self._read_until = now
+    def _settle(self, batch: _Batch, i: int, status: Status) -> Done | None:
+        """Under the lock: what became of a record; the reply if it was the last of its batch."""
+        if status:
+            batch.failed.append(i)
+            batch.status = max(batch.status, status)
+        batch.left -= 1
+        if batch.left:
+            return None
+        now = time.monotonic()
+        seconds = now - max(batch.received, self._read_until)
+        if not batch.request.write:
+            self._read_until = now
         failed = np.array(sorted(batch.failed), np.int32)
-        self._channel.send(
-            Done(batch.request.id, failed.tobytes(), int(batch.status), batch.checksums.tobytes(), seconds)
-        )
+        return Done(batch.request.id, failed.tobytes(), int(batch.status), batch.checksums.tobytes(), seconds)
 
     def _report(self, text: str, kind: str) -> None:
         """One line for errors of a kind in ten seconds: a dead drive has thousands."""
