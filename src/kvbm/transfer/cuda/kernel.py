@@ -138,7 +138,7 @@ class PieceCopies:
 
 
 def _without_launcher(compiled: Any) -> driver.Kernel | None:
-    """To launch it directly: Triton's launcher takes 20 us, this 5. None if that can't be done."""
+    """To launch it directly: Triton's launcher takes three times as long. None if that can't be done."""
     try:
         data = compiled.metadata
         if data.num_ctas != 1 or data.global_scratch_size or data.profile_scratch_size:
