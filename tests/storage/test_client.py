@@ -151,27 +151,27 @@ def test_what_is_late_is_not_begun(tmp_path: Path) -> None:
     it.close()
 
 
-# ---- a process that dies
-
-
 def test_the_socket_is_asked_when_there_is_a_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rank = Rank(tmp_path).wait_ready()
-    asked = []
-    receive = rank.client._receive
+    with rank(tmp_path) as it:
+        asked = []
+        receive = it.client._receive
 
-    def counted(*args: Any, **kwargs: Any) -> None:
-        asked.append(args)
-        receive(*args, **kwargs)
+        def counted(*args: Any, **kwargs: Any) -> None:
+            asked.append(args)
+            receive(*args, **kwargs)
 
-    monkeypatch.setattr(rank.client, "_receive", counted)
-    monkeypatch.setattr("kvbm.storage.client._LOOK_EVERY", 10**9)  # nor by looking after the process
-    for _ in range(100):
-        rank.poll()
-    assert not asked
-    assert rank.wrote({1: 11, 2: 12})
-    assert rank.held({1: 11, 2: 12}) == {1: 11, 2: 12}
-    assert 2 <= len(asked) <= 4  # with log lines
-    rank.close()
+        with monkeypatch.context() as patch:
+            patch.setattr(it.client, "_receive", counted)
+            patch.setattr("kvbm.storage.client._LOOK_EVERY", 10**9)  # nor by looking after the process
+            for _ in range(100):
+                it.poll()
+            assert not asked
+            assert it.wrote({1: 11, 2: 12})
+            assert it.held({1: 11, 2: 12}) == {1: 11, 2: 12}
+            assert 2 <= len(asked) <= 4  # with log lines
+
+
+# ---- a process that dies
 
 
 @pytest.mark.parametrize("seed", range(3))

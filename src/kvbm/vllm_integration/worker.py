@@ -118,8 +118,7 @@ class WorkerSide:
         self.end_loads()
         self._orders = orders
         self._computes = orders.tokens > 0
-        stores = any(operation.direction == Direction.OFFLOAD for operation in orders.operations)
-        if stores and not self._computes:
+        if not self._computes and any(op.direction == Direction.OFFLOAD for op in orders.operations):
             time.sleep(_LET_TOKEN_GO_S)
         self._submit(Direction.OFFLOAD)
         if self._worker is not None:

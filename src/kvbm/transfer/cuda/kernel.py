@@ -117,8 +117,7 @@ class PieceCopies:
         rest = self._pieces.shape[1], first, self._tiles, total, records, self._stride
         compiled = self._compiled.get(gather)
         if compiled is not None:
-            addresses = index.data_ptr(), self._pieces.data_ptr()
-            arguments = addresses[0], *numbers, addresses[1], *rest
+            arguments = index.data_ptr(), *numbers, self._pieces.data_ptr(), *rest
             compiled.launch(programs, stream.cuda_stream, arguments)
             return
         launcher: Any = _copy
