@@ -126,20 +126,6 @@ def test_a_clearing_is_one_of_all_writes_before_it(tmp_path: Path, seed: int) ->
         assert it.found_records() == {0: 500}
 
 
-def test_reads_overtake_writes_that_wait(tmp_path: Path) -> None:
-    with rank(tmp_path, threads=2) as it:
-        assert it.wrote({0: 0})
-        os.kill(it.pid, signal.SIGSTOP)
-        writes = [it.write({slot: slot}) for slot in range(1, DISK_SLOTS)]
-        read = it.read({0: 0})
-        os.kill(it.pid, signal.SIGCONT)
-        assert it.result(read).status == Status.DONE
-        for write in writes:
-            it.result(write)
-        order = list(it.results)
-        assert order.index(read) < len(writes) / 2
-
-
 def test_what_is_late_is_not_begun(tmp_path: Path) -> None:
     it = Rank(tmp_path, clock=Clock(), threads=1).wait_ready()
     assert it.wrote({0: 0})
