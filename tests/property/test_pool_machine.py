@@ -14,15 +14,11 @@ from kvbm.logic.pool import BlockEvent, BlockPool, BlockState, EventKind
 
 EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "100"))
 
-GROUPS = 2
-NAMES = 12
+NAMES = 16
 HASHES: Hashes = np.random.default_rng(11).integers(0, 2**64, (NAMES, 2), np.uint64)
 NAME_OF = {row.tobytes(): name for name, row in enumerate(HASHES)}
 
-Key = tuple[int, int]  # group, name
-
 _numbers = st.lists(st.integers(0, NAMES - 1), max_size=6)
-_groups = st.integers(0, GROUPS - 1)
 _any = st.integers(0, 10**6)
 
 
@@ -37,7 +33,7 @@ def hashes_of(names: list[int]) -> Hashes:
 @dataclass
 class Block:
     state: BlockState = BlockState.RESET
-    key: Key | None = None
+    name: int | None = None
     pins: int = 0
     tag: int | None = None  # None: nobody has said
 
@@ -56,37 +52,37 @@ class PoolMachine(RuleBasedStateMachine):
         self.order: list[int] = []  # least recently used first
         self.holds: list[list[int]] = []  # distinct slots with a pin each, in the order of their sequence
         self.partial: list[list[int]] = []  # the same, of blocks without a name
-        self.heard: set[Key] = set()
+        self.heard: set[int] = set()
         self.evicted: list[int] = []
         self.pool.subscribe(self.hear)
 
     def hear(self, event: BlockEvent) -> None:
-        keys = {(event.group, NAME_OF[row.tobytes()]) for row in event.hashes}
-        assert len(keys) == len(event.hashes)
+        names = {NAME_OF[row.tobytes()] for row in event.hashes}
+        assert len(names) == len(event.hashes)
         if event.kind == EventKind.STORED:
-            assert not keys & self.heard
-            self.heard |= keys
+            assert not names & self.heard
+            self.heard |= names
         else:
-            assert keys <= self.heard
-            self.heard -= keys
+            assert names <= self.heard
+            self.heard -= names
 
     # ---- the model ----
 
-    def slot_of(self, key: Key) -> int:
-        return next((slot for slot, block in enumerate(self.blocks) if block.key == key), -1)
+    def slot_of(self, name: int) -> int:
+        return next((slot for slot, block in enumerate(self.blocks) if block.name == name), -1)
 
     def free_slots(self) -> set[int]:
         return {
             s for s, b in enumerate(self.blocks[: self.usable]) if b.state == BlockState.RESET and not b.pins
         }
 
-    def model_allocate(self, wanted: int, taken: list[int], group: int) -> None:
+    def model_allocate(self, wanted: int, taken: list[int]) -> None:
         """Check what an allocation took: what was free, and of the rest what may be evicted, in order."""
         free = self.free_slots()
         needed = max(0, wanted - len(free))
         evictable = {s for s, b in enumerate(self.blocks) if b.state == BlockState.REGISTERED and not b.pins}
         assert len(taken) == len(set(taken)) == min(wanted, len(free) + len(evictable))
-        gone = {s for s in evictable if (self.blocks[s].key not in self.heard)}
+        gone = {s for s in evictable if (self.blocks[s].name not in self.heard)}
         assert len(gone) == min(needed, len(evictable)), "evicts what it needs, and no more"
         assert set(taken) <= free | gone
         if self.exact_order:
@@ -121,28 +117,26 @@ class PoolMachine(RuleBasedStateMachine):
 
     # ---- calls ----
 
-    @rule(count=st.integers(0, 5), group=_groups)
-    def allocate(self, count: int, group: int) -> None:
-        slots = self.pool.allocate(count, group).tolist()
-        self.model_allocate(count, slots, group)
+    @rule(count=st.integers(0, 5))
+    def allocate(self, count: int) -> None:
+        slots = self.pool.allocate(count).tolist()
+        self.model_allocate(count, slots)
         if slots:
             self.partial.append(slots)
 
     @precondition(lambda self: self.partial)
-    @rule(which=_any, names=st.lists(st.integers(0, NAMES - 1), min_size=5, max_size=5), group=_groups)
-    def complete(self, which: int, names: list[int], group: int) -> None:
+    @rule(which=_any, names=st.lists(st.integers(0, NAMES - 1), min_size=5, max_size=5))
+    def complete(self, which: int, names: list[int]) -> None:
         slots = self.partial.pop(which % len(self.partial))
         names = names[: len(slots)]
-        # The group is the one the slots were allocated for.
-        group = int(self.pool._groups[slots[0]])
-        owners = self.pool.complete(array(*slots), hashes_of(names), group).tolist()
+        owners = self.pool.complete(array(*slots), hashes_of(names)).tolist()
         given_back = []
         for slot, name, owner in zip(slots, names, owners, strict=True):
-            expected = self.slot_of((group, name))
+            expected = self.slot_of(name)
             if expected < 0:
                 assert owner == slot
                 self.blocks[slot].state = BlockState.COMPLETE
-                self.blocks[slot].key = group, name
+                self.blocks[slot].name = name
             else:
                 assert owner == expected
                 self.model_pin(owner)
@@ -158,11 +152,11 @@ class PoolMachine(RuleBasedStateMachine):
             for slot in chain:
                 slots.remove(slot)
 
-    @rule(names=_numbers, max_new=st.integers(0, 6), group=_groups)
-    def claim(self, names: list[int], max_new: int, group: int) -> None:
-        got, is_new = self.pool.claim(hashes_of(names), max_new, group)
+    @rule(names=_numbers, max_new=st.integers(0, 6))
+    def claim(self, names: list[int], max_new: int) -> None:
+        got, is_new = self.pool.claim(hashes_of(names), max_new)
         slots = got.tolist()
-        found = [self.slot_of((group, name)) for name in names]
+        found = [self.slot_of(name) for name in names]
         for slot in found:
             if slot >= 0:
                 self.model_pin(slot)
@@ -171,10 +165,10 @@ class PoolMachine(RuleBasedStateMachine):
         assert list(new) == missing[: len(new)], "room is given out in order"
         wanted = missing[:max_new]
         if missing:
-            self.model_allocate(len(wanted), list(new.values()), group)
+            self.model_allocate(len(wanted), list(new.values()))
         assert len(new) == int(is_new.sum())
         for name, slot in new.items():
-            self.blocks[slot] = Block(BlockState.COMPLETE, (group, name), 0)
+            self.blocks[slot] = Block(BlockState.COMPLETE, name, 0)
         for name, slot, before in zip(names, slots, found, strict=True):
             assert slot == (before if before >= 0 else new.get(name, -1))
             if before < 0 <= slot:
@@ -203,21 +197,21 @@ class PoolMachine(RuleBasedStateMachine):
             self.model_pin(slot)
         self.holds.append(list(chain))
 
-    @rule(names=_numbers, group=_groups)
-    def come_and_go(self, names: list[int], group: int) -> None:
+    @rule(names=_numbers)
+    def come_and_go(self, names: list[int]) -> None:
         """A sequence is stored and let go as a whole: its tail is the first to be evicted."""
         before = len(self.holds)
-        self.claim(list(dict.fromkeys(names)), len(self.blocks), group)
+        self.claim(list(dict.fromkeys(names)), len(self.blocks))
         if len(self.holds) > before:
             self.register(before, -1)
             self.release(before)
 
-    @rule(names=_numbers, group=_groups)
-    def match_and_pin(self, names: list[int], group: int) -> None:
-        slots = self.pool.match(hashes_of(names), group).tolist()
+    @rule(names=_numbers)
+    def match_and_pin(self, names: list[int]) -> None:
+        slots = self.pool.match(hashes_of(names)).tolist()
         expected = []
         for name in names:
-            slot = self.slot_of((group, name))
+            slot = self.slot_of(name)
             if slot < 0 or self.blocks[slot].state != BlockState.REGISTERED:
                 break
             expected.append(slot)
@@ -315,17 +309,16 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_index_holds_exactly_the_named(self) -> None:
-        for group in range(GROUPS):
-            expected = [self.slot_of((group, name)) for name in range(NAMES)]
-            assert self.pool.find(HASHES, group).tolist() == expected
-            for name, slot in enumerate(expected):
-                registered = slot >= 0 and self.blocks[slot].state == BlockState.REGISTERED
-                assert ((group, name) in self.heard) == registered
-                if name % 4 == self.pool.version % 4:
-                    assert self.pool.match(HASHES[[name]], group).tolist() == ([slot] if registered else [])
-        named = [slot for slot, block in enumerate(self.blocks) if block.key is not None]
+        expected = [self.slot_of(name) for name in range(NAMES)]
+        assert self.pool.find(HASHES).tolist() == expected
+        for name, slot in enumerate(expected):
+            registered = slot >= 0 and self.blocks[slot].state == BlockState.REGISTERED
+            assert (name in self.heard) == registered
+            if name % 4 == self.pool.version % 4:
+                assert self.pool.match(HASHES[[name]]).tolist() == ([slot] if registered else [])
+        named = [slot for slot, block in enumerate(self.blocks) if block.name is not None]
         stored = [NAME_OF[row.tobytes()] for row in self.pool.hashes(array(*named))]
-        assert [(0, name) for name in stored] == [(0, self.blocks[slot].key[1]) for slot in named]  # type: ignore[index]
+        assert stored == [self.blocks[slot].name for slot in named]
 
 
 PoolMachine.TestCase.settings = settings(

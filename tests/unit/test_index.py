@@ -73,20 +73,6 @@ def test_the_zero_key_is_a_key() -> None:
     assert index.find(array([(0, 0)])).tolist() == [3]
 
 
-def test_groups_are_apart() -> None:
-    index = HashIndex(30)
-    keys = random_keys(10)
-    for group in range(3):
-        index.insert(keys, np.arange(10) + 10 * group, group)
-    for group in range(3):
-        np.testing.assert_array_equal(index.find(keys, group), np.arange(10) + 10 * group)
-        np.testing.assert_array_equal(index.hashes(np.arange(10) + 10 * group, group), keys)
-    assert index.find(keys, 255).tolist() == [-1] * 10
-    index.remove(np.arange(10, 20))
-    np.testing.assert_array_equal(index.find(keys, 0), np.arange(10))
-    np.testing.assert_array_equal(index.find(keys, 1), -1)
-
-
 def test_equal_tags_in_one_bucket() -> None:
     index = HashIndex(100)
     keys = array([crafted(1, 77, serial) for serial in range(1, 4)])
@@ -137,9 +123,9 @@ _keys = st.builds(
 )
 _steps = st.lists(
     st.one_of(
-        st.tuples(st.just("insert"), st.lists(_keys, max_size=14, unique=True), st.integers(0, 2)),
-        st.tuples(st.just("remove"), st.lists(st.integers(0, 1000), max_size=12), st.just(0)),
-        st.tuples(st.just("find"), st.lists(_keys, max_size=8), st.integers(0, 2)),
+        st.tuples(st.just("insert"), st.lists(_keys, max_size=14, unique=True)),
+        st.tuples(st.just("remove"), st.lists(st.integers(0, 1000), max_size=12)),
+        st.tuples(st.just("find"), st.lists(_keys, max_size=8)),
     ),
     max_size=25,
 )
@@ -147,16 +133,16 @@ _steps = st.lists(
 
 @settings(max_examples=200, deadline=None, print_blob=True, derandomize=False)
 @given(steps=_steps)
-def test_against_a_dict(steps: list[tuple[str, list, int]]) -> None:
+def test_against_a_dict(steps: list[tuple[str, list]]) -> None:
     index = HashIndex(CAPACITY)
-    model: dict[tuple[int, Key], int] = {}
+    model: dict[Key, int] = {}
     free = list(range(CAPACITY))
-    for action, items, group in steps:
+    for action, items in steps:
         if action == "insert":
-            new = [key for key in items if (group, key) not in model][: len(free)]
+            new = [key for key in items if key not in model][: len(free)]
             slots = [free.pop() for _ in new]
-            index.insert(array(new), slots_of(*slots), group)
-            model.update({(group, key): slot for key, slot in zip(new, slots, strict=True)})
+            index.insert(array(new), slots_of(*slots))
+            model.update(zip(new, slots, strict=True))
         elif action == "remove":
             keys = list(model)
             gone = sorted({number % len(keys) for number in items}) if keys else []
@@ -164,9 +150,7 @@ def test_against_a_dict(steps: list[tuple[str, list, int]]) -> None:
             index.remove(slots_of(*slots))
             free += slots
         else:
-            assert index.find(array(items), group).tolist() == [model.get((group, key), -1) for key in items]
-        for group_ in range(3):
-            held = {key: slot for (of, key), slot in model.items() if of == group_}
-            assert index.find(array(list(held)), group_).tolist() == list(held.values())
-            stored = index.hashes(slots_of(*held.values()), group_)
-            assert [tuple(map(int, row)) for row in stored] == list(held)
+            assert index.find(array(items)).tolist() == [model.get(key, -1) for key in items]
+        assert index.find(array(list(model))).tolist() == list(model.values())
+        stored = index.hashes(slots_of(*model.values()))
+        assert [tuple(map(int, row)) for row in stored] == list(model)

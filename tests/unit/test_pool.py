@@ -19,24 +19,24 @@ def slots_of(*slots: int) -> np.ndarray:
     return np.array(slots, np.int64)
 
 
-def stored(pool: BlockPool, hashes: Hashes, group: int = 0) -> np.ndarray:
+def stored(pool: BlockPool, hashes: Hashes) -> np.ndarray:
     """Registered blocks, pinned by nobody."""
-    slots, is_new = pool.claim(hashes, pool.capacity, group)
+    slots, is_new = pool.claim(hashes, pool.capacity)
     assert is_new.all()
     pool.register(slots)
     pool.release(slots)
     return slots
 
 
-def follow(pool: BlockPool) -> set[tuple[int, bytes]]:
+def follow(pool: BlockPool) -> set[bytes]:
     """What a subscriber holds to be matchable."""
-    matchable: set[tuple[int, bytes]] = set()
+    matchable: set[bytes] = set()
 
     def hear(event: BlockEvent) -> None:
         assert event.tier == pool.tier
         assert len(event.hashes)
         for row in event.hashes:
-            key = event.group, row.tobytes()
+            key = row.tobytes()
             assert (key in matchable) == (event.kind == EventKind.REMOVED)
             matchable.symmetric_difference_update({key})
 
@@ -44,13 +44,8 @@ def follow(pool: BlockPool) -> set[tuple[int, bytes]]:
     return matchable
 
 
-def really_matchable(pool: BlockPool, groups: int = 1) -> set[tuple[int, bytes]]:
-    return {
-        (group, row.tobytes())
-        for group in range(groups)
-        for row in ALL_HASHES[:30]
-        if len(pool.match(row.reshape(1, 2), group))
-    }
+def really_matchable(pool: BlockPool) -> set[bytes]:
+    return {row.tobytes() for row in ALL_HASHES[:30] if len(pool.match(row.reshape(1, 2)))}
 
 
 # ---- life cycle ----
@@ -289,31 +284,6 @@ def test_clear() -> None:
     assert pool.num_free == 5
 
 
-# ---- groups ----
-
-
-def test_groups_do_not_mix() -> None:
-    pool = BlockPool(9, Lru)
-    matchable = follow(pool)
-    slots = [stored(pool, names(0, 1, 2), group) for group in range(3)]
-    assert len({int(slot) for part in slots for slot in part}) == 9
-    for group in range(3):
-        assert pool.match(names(0, 1, 2), group).tolist() == slots[group].tolist()
-    assert len(pool.match(names(0), 3)) == 0
-    everything = np.concatenate(slots)
-    np.testing.assert_array_equal(pool.hashes(everything), names(0, 1, 2, 0, 1, 2, 0, 1, 2))
-    assert matchable == really_matchable(pool, 3)
-    pool.withdraw(slots[1])
-    assert [len(pool.match(names(0, 1, 2), group)) for group in range(3)] == [3, 0, 3]
-    # A slot takes the group of its next block.
-    again, is_new = pool.claim(names(0, 1, 2), 9, 2)
-    assert not is_new.any()
-    again, is_new = pool.claim(names(7, 8), 9, 2)
-    assert is_new.all()
-    assert set(again.tolist()) < set(slots[1].tolist())
-    np.testing.assert_array_equal(pool.hashes(again), names(7, 8))
-
-
 # ---- events ----
 
 
@@ -324,9 +294,8 @@ def test_events_rebuild_what_can_be_matched() -> None:
     held: list[np.ndarray] = []
     for _ in range(400):
         action = random.integers(0, 5)
-        group = int(random.integers(0, 2))
         if action <= 1:
-            slots, is_new = pool.claim(names(*random.integers(0, 30, 4)), 4, group)
+            slots, is_new = pool.claim(names(*random.integers(0, 30, 4)), 4)
             pool.register(slots[is_new])
             for slot in slots[slots >= 0]:
                 held.append(slots_of(slot))
@@ -336,11 +305,11 @@ def test_events_rebuild_what_can_be_matched() -> None:
                     pool.release(held.pop(int(random.integers(0, len(held)))))
         elif action == 3:
             first = int(random.integers(0, 30))
-            slots = pool.match(names(first), group)
+            slots = pool.match(names(first))
             pool.withdraw(slots)
         elif random.integers(0, 20) == 0:
             pool.clear()
-        assert matchable == really_matchable(pool, 2)
+        assert matchable == really_matchable(pool)
         assert len(matchable) == pool.num_registered
     assert pool.evictions > 20
 

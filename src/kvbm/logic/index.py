@@ -1,4 +1,4 @@
-"""Where a sequence hash lives: an index from (hash, KV group) to slot, without one Python object per block.
+"""Where a sequence hash lives: an index from hash to slot, without one Python object per block.
 
 A dict of a million 16-byte keys costs about 200 bytes an entry and stops the world for some 100 ms when it
 grows. This is a set-associative table: a bucket is eight cells, a cell holds 32 tag bits of the key and the
@@ -19,12 +19,10 @@ Slots = NDArray[np.int64]
 
 _WAYS = 8
 _EMPTY = np.uint32(0)
-# Odd 64-bit constants (from the golden ratio) that tell the groups of one hash apart.
-_GROUP_MIX = np.array([0x9E3779B97F4A7C15, 0xF39CC0605CEDC835], np.uint64)
 
 
 class HashIndex:
-    """Index of at most `capacity` slots, each with one (hash, group) key.
+    """Index of at most `capacity` slots, each with one hash as its key.
 
     Gathers use `take` and flat arrays: indexing rows with an array is ten times slower.
     """
@@ -39,9 +37,9 @@ class HashIndex:
         self._low = np.zeros(capacity, np.uint64)  # the two words of each slot's key
         self._high = np.zeros(capacity, np.uint64)
 
-    def find(self, hashes: Hashes, group: int = 0) -> Slots:
+    def find(self, hashes: Hashes) -> Slots:
         """Slot of each hash, -1 where there is none. Shape (n, 2) to (n,)."""
-        low, high = _key_words(hashes, group)
+        low, high = hashes[:, 0], hashes[:, 1]
         buckets = self._buckets(low)
         rows = self._tags.take(buckets, axis=0)
         columns, matched = _first_true(rows == _tags_of(high)[:, None])
@@ -54,9 +52,9 @@ class HashIndex:
                 slots[i] = self._overflow.get(_overflow_key(low[i], high[i]), -1)
         return slots
 
-    def insert(self, hashes: Hashes, slots: Slots, group: int = 0) -> None:
+    def insert(self, hashes: Hashes, slots: Slots) -> None:
         """Enter keys that the index does not hold, distinct, at distinct slots that have no key."""
-        low, high = _key_words(hashes, group)
+        low, high = hashes[:, 0], hashes[:, 1]
         self._low[slots] = low
         self._high[slots] = high
         buckets = self._buckets(low)
@@ -94,23 +92,14 @@ class HashIndex:
             self._spilled[buckets[i]] -= 1
             del self._overflow[_overflow_key(low[i], high[i])]
 
-    def hashes(self, slots: Slots, group: int = 0) -> Hashes:
-        """Hashes of slots that have a key in `group`."""
+    def hashes(self, slots: Slots) -> Hashes:
+        """Hashes of slots that have a key."""
         keys = np.empty((len(slots), 2), np.uint64)
         keys[:, 0], keys[:, 1] = self._low.take(slots), self._high.take(slots)
-        return np.stack(_key_words(keys, group), axis=1) if group else keys
+        return keys
 
     def _buckets(self, low: NDArray[np.uint64]) -> NDArray[np.int64]:
         return (low & self._bucket_mask).astype(np.int64)
-
-
-def _key_words(hashes: Hashes, group: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """The words of the keys of `hashes` in `group`; applied twice, it gives the hashes back."""
-    low, high = hashes[:, 0], hashes[:, 1]
-    if group:  # group 0, all there is in most models, costs nothing
-        mix = _GROUP_MIX * np.uint64(group)
-        low, high = low ^ mix[0], high ^ mix[1]
-    return low, high
 
 
 def _overflow_key(low: Any, high: Any) -> bytes:

@@ -14,7 +14,7 @@ pin is gone.
 State is held in arrays; every call takes and returns arrays of slots. Not thread-safe.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -52,7 +52,6 @@ class BlockEvent:
 
     kind: EventKind
     tier: str
-    group: int
     hashes: Hashes
     fate: Fate | None = None
     wanted: int = 0
@@ -80,7 +79,6 @@ class BlockPool:
         self._index = HashIndex(capacity)
         self._states = np.zeros(capacity, np.uint8)
         self._pins = np.zeros(capacity, np.int32)
-        self._groups = np.zeros(capacity, np.uint8)
         self._tags = np.zeros(capacity, np.uint32)
         self._free = np.zeros(capacity, np.int32)  # stack of free slots
         self._num_free = 0
@@ -121,15 +119,15 @@ class BlockPool:
 
     # ---- looking up ----
 
-    def match(self, hashes: Hashes, group: int = 0) -> Slots:
+    def match(self, hashes: Hashes) -> Slots:
         """Slots of the longest prefix of `hashes` that is registered. Pins nothing."""
-        slots = self._index.find(hashes, group)
+        slots = self._index.find(hashes)
         missing = np.flatnonzero((slots < 0) | (self._states[slots] != _REGISTERED))
         return slots[: missing[0]] if len(missing) else slots
 
-    def find(self, hashes: Hashes, group: int = 0) -> Slots:
+    def find(self, hashes: Hashes) -> Slots:
         """Slot that owns each hash, complete or registered; -1 where there is none."""
-        return self._index.find(hashes, group)
+        return self._index.find(hashes)
 
     def registered(self, hashes: Hashes) -> Slots:
         """Slot of each hash that can be matched; -1 where there is none."""
@@ -139,10 +137,7 @@ class BlockPool:
 
     def hashes(self, slots: Slots) -> Hashes:
         """Sequence hashes of complete or registered slots."""
-        out = np.empty((len(slots), 2), np.uint64)
-        for group, members in self._by_group(slots):
-            out[members] = self._index.hashes(slots[members], group)
-        return out
+        return self._index.hashes(slots)
 
     def states(self, slots: Slots) -> NDArray[np.uint8]:
         return self._states[slots]
@@ -168,7 +163,7 @@ class BlockPool:
 
     # ---- life cycle ----
 
-    def allocate(self, count: int, group: int = 0) -> Slots:
+    def allocate(self, count: int) -> Slots:
         """Up to `count` slots, Partial and pinned once; evicts what nobody uses. Fewer when all is in use."""
         if count > self._num_free:
             self._evict(count - self._num_free)
@@ -177,32 +172,31 @@ class BlockPool:
         self._num_free -= taken
         self._states[slots] = _PARTIAL
         self._pins[slots] = 1
-        self._groups[slots] = group
         return slots
 
-    def complete(self, slots: Slots, hashes: Hashes, group: int = 0) -> Slots:
+    def complete(self, slots: Slots, hashes: Hashes) -> Slots:
         """Name Partial slots. Returns the owner of each hash: the slot itself, or the block that has it.
 
         A duplicate's own slot is released and its owner pinned instead, so the caller holds the returned
         slots just as it held `slots`.
         """
-        owners = self._index.find(hashes, group)
+        owners = self._index.find(hashes)
         # The first of equal hashes in one call owns, the others are its duplicates.
         owners = np.where(owners >= 0, owners, slots[_first_occurrence(hashes)])
         fresh = owners == slots
-        self._index.insert(hashes[fresh], slots[fresh], group)
+        self._index.insert(hashes[fresh], slots[fresh])
         self._states[slots[fresh]] = _COMPLETE
         self.pin(owners[~fresh])
         self.release(slots[~fresh])
         return owners
 
-    def claim(self, hashes: Hashes, max_new: int, group: int = 0) -> tuple[Slots, NDArray[np.bool_]]:
+    def claim(self, hashes: Hashes, max_new: int) -> tuple[Slots, NDArray[np.bool_]]:
         """A pinned owner for each hash: the block that has it, or a new Complete one.
 
         Returns (slots, is_new), shape (n,) each. At most `max_new` are new; a hash that gets no slot, for
         want of room or because of `max_new`, has slot -1. Equal hashes share a slot.
         """
-        slots = self._index.find(hashes, group)
+        slots = self._index.find(hashes)
         is_new = np.zeros(len(slots), bool)
         # Found blocks are pinned before anything is allocated: eviction must not take them.
         self.pin(slots[slots >= 0])
@@ -211,9 +205,9 @@ class BlockPool:
             origin = _first_occurrence(hashes[missing])
             # In the order of the request, so that what finds no room is the tail.
             wanted = np.flatnonzero(origin == np.arange(len(missing)))[:max_new]
-            new = self.allocate(len(wanted), group)
+            new = self.allocate(len(wanted))
             targets = missing[wanted[: len(new)]]
-            self._index.insert(hashes[targets], new, group)
+            self._index.insert(hashes[targets], new)
             self._states[new] = _COMPLETE
             slots[targets] = new
             is_new[targets] = True
@@ -319,24 +313,11 @@ class BlockPool:
     def _changed(self, kind: EventKind, slots: Slots, fate: Fate | None = None, wanted: int = 0) -> None:
         self.version += 1
         subscribers = tuple(self._subscribers[kind])
-        if not subscribers:
+        if not subscribers or not len(slots):
             return
-        for group, members in self._by_group(slots):
-            hashes = self._index.hashes(slots[members], group)
-            event = BlockEvent(kind, self.tier, group, hashes, fate, wanted)
-            for subscriber in subscribers:
-                subscriber(event)
-
-    def _by_group(self, slots: Slots) -> Iterator[tuple[int, NDArray[np.bool_]]]:
-        groups = self._groups[slots]
-        if not len(groups):
-            return
-        first = groups == groups[0]
-        if first.all():  # nearly always, and `unique` takes 20 µs
-            yield int(groups[0]), first
-            return
-        for group in np.unique(groups):
-            yield int(group), groups == group
+        event = BlockEvent(kind, self.tier, self._index.hashes(slots), fate, wanted)
+        for subscriber in subscribers:
+            subscriber(event)
 
 
 def subscribe_to_all(
