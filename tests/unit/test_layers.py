@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "kvbm"
 
-BASE = {"config", "settings", "errors", "memory", "digest"}
+BASE = {"config", "settings", "errors", "memory", "digest", "engines"}
 BELOW_INTEGRATIONS = BASE | {"logic", "transfer", "storage", "observe", "runtime"}
 ENGINES = {
     "vllm_integration": "vllm",
@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "settings": set(),
     "memory": set(),
     "digest": set(),
+    "engines": {"errors"},
     "config": {"settings", "errors"},
     "logic": BASE,
     "transfer": BASE,

@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 
 from kvbm.config import load_config
-from kvbm.errors import CapacityError, LayoutError, UnsupportedEngineError
+from kvbm.errors import CapacityError, LayoutError
 from kvbm.logic.groups import FULL, KvGroup, KvGroups
 from kvbm.vllm_integration import compat
-from kvbm.vllm_integration.compat import check_engine_version
 from kvbm.vllm_integration.identity import Geometry, check_tensors, geometry, identify
 from kvbm.vllm_integration.scheduler import disk_slots_of, slots_of
 
@@ -270,18 +269,6 @@ def test_less_than_one_block_is_an_error(monkeypatch: pytest.MonkeyPatch):
     shape = Geometry(block_size=16, record_bytes=4_000_000, num_device_blocks=7, ranks=2)
     with pytest.raises(CapacityError, match="DYN_KVBM_CPU_CACHE_GB"):
         slots_of(shape, load_config({"host.cache_gb": 0.001}, environ={}))
-
-
-@pytest.mark.parametrize("version", ["0.26.0", "0.32.0", "0.32.0+cpu", "0.33.1rc1"])
-def test_versions_within_the_range(version: str):
-    check_engine_version(version, allow_untested=False)
-
-
-@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0.0", "dev"])
-def test_versions_outside_the_range(version: str):
-    with pytest.raises(UnsupportedEngineError, match="KVBM_ALLOW_UNTESTED_ENGINE"):
-        check_engine_version(version, allow_untested=False)
-    check_engine_version(version, allow_untested=True)
 
 
 @pytest.mark.parametrize(("prefix_caching", "cache_gb"), [(True, 0), (False, 4), (False, 0)])

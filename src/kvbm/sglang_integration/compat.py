@@ -1,13 +1,8 @@
 """What differs between the versions of SGLang that we support. All imports of it by name are here."""
 
 import importlib
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
-
-from kvbm.errors import UnsupportedEngineError
-
-OLDEST, NEWEST = (0, 5, 9), (0, 5, 23)
 
 # Where a model's weights are changed, newest first.
 _WEIGHT_UPDATERS = (
@@ -18,17 +13,6 @@ _CACHE_CONTROLLERS = (
     "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller",
     "sglang.srt.managers.cache_controller",
 )
-
-
-def check_engine_version(version: str, *, allow_untested: bool) -> None:
-    """Refuse an SGLang that this package was not written for."""
-    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
-    if (found and OLDEST <= tuple(map(int, found.groups())) <= NEWEST) or allow_untested:
-        return
-    raise UnsupportedEngineError(
-        f"SGLang {version} is not among the versions that KVBM is written for ({_name(OLDEST)} to "
-        f"{_name(NEWEST)}). Install one of those, or set KVBM_ALLOW_UNTESTED_ENGINE=1 to try this one."
-    )
 
 
 def version() -> str:
@@ -94,7 +78,3 @@ def _classes_in(modules: Iterable[str], ending: str) -> Iterator[type]:
             for value in vars(module).values()
             if isinstance(value, type) and value.__module__ == name and value.__name__.endswith(ending)
         )
-
-
-def _name(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))

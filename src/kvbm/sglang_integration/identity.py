@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kvbm.config import Config, load_config
+from kvbm.engines import SGLANG
 from kvbm.errors import ConfigError
 from kvbm.logic.hashing import HASH_BYTES, Hashes, namespace_digest
 from kvbm.runtime.fingerprint import device_fingerprint, fingerprint
@@ -49,7 +50,7 @@ def read_config(extra: Mapping[str, Any]) -> tuple[Config, Any]:
             "No cache size is configured: set DYN_KVBM_CPU_CACHE_GB or DYN_KVBM_DISK_CACHE_GB, or "
             '{"kvbm": {"disk": {"cache_gb": ...}}} in SGLang\'s extra config.'
         )
-    compat.check_engine_version(compat.version(), allow_untested=config.engine.allow_untested)
+    SGLANG.require(compat.version(), allow_untested=config.engine.allow_untested)
     return config, extra.get("kv_events")
 
 

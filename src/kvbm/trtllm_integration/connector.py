@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from kvbm.config import load_config
+from kvbm.engines import TENSORRT_LLM
 from kvbm.errors import LostLoadError
 from kvbm.observe.logs import log_json
 from kvbm.trtllm_integration import compat
@@ -57,7 +58,7 @@ class DynamoKVBMConnectorLeader(_interface.KvCacheConnectorScheduler):
         config = load_config()
         if config.observe.log_json:
             log_json()
-        compat.check_engine_version(compat.version(), allow_untested=config.engine.allow_untested)
+        TENSORRT_LLM.require(compat.version(), allow_untested=config.engine.allow_untested)
         for notice in config.notices:
             logger.warning("KVBM: %s", notice)
         self.side = make_scheduler_side(llm_args, config)

@@ -7,26 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from kvbm.errors import UnsupportedEngineError
-
 # The first block of vLLM's pool, which no request owns: in tables, what left a window or never was there.
 NULL_BLOCK = 0
-
-OLDEST = (0, 26)
-NEWEST = (0, 33)
-
-
-def check_engine_version(version: str, *, allow_untested: bool) -> None:
-    """Refuse a vLLM that this file was not written for: its connector interface changes without notice."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found and OLDEST <= (int(found[1]), int(found[2])) <= NEWEST:
-        return
-    if not allow_untested:
-        raise UnsupportedEngineError(
-            f"vLLM {version} is not among the versions that KVBM is tested with "
-            f"({OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}). Install one of those, or set "
-            f"KVBM_ALLOW_UNTESTED_ENGINE=1 to try this one."
-        )
 
 
 def transfer_results(finished_recving: set[str], failed_recving: set[str]) -> Any:

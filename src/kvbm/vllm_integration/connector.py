@@ -23,6 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvbm.config import Config, load_config
+from kvbm.engines import VLLM
 from kvbm.errors import LostLoadError
 from kvbm.observe.logs import log_json
 from kvbm.runtime.messages import StepOrders, WorkerReport
@@ -90,7 +91,7 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
             log_json()
         else:
             _log_as_vllm()
-        compat.check_engine_version(vllm.__version__, allow_untested=config.engine.allow_untested)
+        VLLM.require(vllm.__version__, allow_untested=config.engine.allow_untested)
         self.scheduler_side: SchedulerSide | None = None
         self.worker_side: WorkerSide | None = None
         self._snapshot = Snapshot()

