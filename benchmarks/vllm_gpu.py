@@ -7,8 +7,8 @@ vLLM's asynchronous scheduler, as `vllm serve` does) and is asked for: the time 
 prompts of 4k, 16k and 32k tokens, cold, found in device memory, and found in host memory after the device
 cache was emptied; the inter-token latency of 16 decoding requests while such prompts arrive; a batch of 32
 prompts of 2k tokens with 64 output tokens; its start. Tokens served from a tier are asserted, or a figure
-would mean nothing. `--only disk` asks for prompts that lie on disk alone: the engine `disk` loads what pays,
-`disk-always` all that is there.
+would mean nothing. `--only` takes parts of that: ttft, decode, batch, or start alone. `--only disk` asks for
+prompts that lie on disk alone: the engine `disk` loads what pays, `disk-always` all that is there.
 """
 
 import argparse
@@ -62,6 +62,7 @@ CONNECTORS: dict[str, dict[str, Any] | None] = {
     "timed": {**BENCH, "kv_connector": "TimedConnector"},
     "no-copies": {**BENCH, "kv_connector": "NoCopiesConnector"},
 }
+PARTS = ["ttft", "decode", "batch", "disk", "start"]
 DISK_HOST_GB = 4.5  # two of the prompts that lie on disk
 
 
@@ -313,25 +314,27 @@ async def from_disk(engine: Engine, name: str) -> dict[str, Any]:
     return result
 
 
-async def measure(name: str, mode: str, host_gb: float, repeats: int, only: str) -> dict[str, Any]:
-    engine = Engine(name, mode, host_gb)
-    result: dict[str, Any] = {"start s": engine.start_s}
-    print(f"{name} {mode}: started in {engine.start_s:.1f} s", flush=True)
-    if only == "start":
-        engine.llm.shutdown()
-        return result
+async def warm_up(engine: Engine) -> None:
     rng = np.random.default_rng(4)
-    for tokens in (512, 16384, 32768):  # warm up
+    for tokens in (512, 16384, 32768):
         await engine.ask(random_prompt(rng, tokens), 4)
     await engine.memory_is_pinned()
     await engine.empty_device()
-    if only == "disk":
+
+
+async def measure(name: str, mode: str, host_gb: float, repeats: int, parts: Sequence[str]) -> dict[str, Any]:
+    engine = Engine(name, mode, host_gb)
+    result: dict[str, Any] = {"start s": engine.start_s}
+    print(f"{name} {mode}: started in {engine.start_s:.1f} s", flush=True)
+    if list(parts) != ["start"]:
+        await warm_up(engine)
+    if "disk" in parts:
         result["disk ms"] = await from_disk(engine, name)
-    if only in ("", "ttft"):
+    if "ttft" in parts:
         result["ttft ms"] = await first_tokens(engine, name, repeats)
-    if only in ("", "decode"):
+    if "decode" in parts:
         result["inter-token ms"] = await decoding(engine, name)
-    if only in ("", "batch"):
+    if "batch" in parts:
         result["batch s"] = await batch(engine, name)
     engine.llm.shutdown()
     return result
@@ -345,7 +348,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["eager", "graphs"], choices=["eager", "graphs"])
     parser.add_argument("--host-gb", type=float, default=40.0)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--only", default="", choices=["", "ttft", "decode", "batch", "start", "disk"])
+    parser.add_argument("--only", nargs="+", default=PARTS[:3], choices=PARTS, metavar="PART")
     parser.add_argument("--json", help="file for the figures")
     parser.add_argument("--one", action="store_true", help="measure here, not in a process for each engine")
     arguments = parser.parse_args()
@@ -364,7 +367,7 @@ def main() -> None:
         for name in arguments.engines:
             command = [sys.executable, __file__, "--one", "--engines", name, "--modes", mode, "--json", file]
             command += ["--host-gb", str(arguments.host_gb), "--repeats", str(arguments.repeats)]
-            subprocess.run([*command, "--only", arguments.only], check=False)
+            subprocess.run([*command, "--only", *arguments.only], check=False)
     print(Path(file).read_text() if not arguments.json else f"figures in {file}")
 
 
