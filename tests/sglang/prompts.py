@@ -22,6 +22,6 @@ def prompts(seed: int, *lengths: int) -> list[Prompt]:
     return [tuple(rng.integers(100, 40_000, length).tolist()) for length in lengths]
 
 
-def whole_pages(asks: list[Prompt]) -> list[int]:
+def whole_pages(asks: list[Prompt], page: int = PAGE) -> list[int]:
     """Tokens of each prompt that a cache can have: the last token is always computed."""
-    return [(len(ask) - 1) // PAGE * PAGE for ask in asks]
+    return [(len(ask) - 1) // page * page for ask in asks]

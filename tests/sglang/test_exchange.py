@@ -7,21 +7,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.sglang.harness import Engine, linker, storage
+from tests.sglang.prompts import Prompt, prompts, whole_pages
 from tests.sglang.vllm_side import PAGE
 
 ROOT = Path(__file__).parents[2]
-Prompt = list[int]
+LENGTHS = (600, 333, 70)
 
 pytestmark = pytest.mark.timeout(300)
-
-
-def prompts(seed: int) -> list[Prompt]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(100, 40_000, length).tolist() for length in (600, 333, 70)]
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -54,13 +49,8 @@ def vllm(model: Path, folder: Path, asks: list[Prompt]) -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
-def whole_pages(asks: list[Prompt]) -> list[int]:
-    """Tokens that a cache can give: at least one is left to compute."""
-    return [(len(ask) - 1) // PAGE * PAGE for ask in asks]
-
-
 def test_vllm_and_sglang(keen: Path, plain: Engine, tmp_path: Path) -> None:
-    of_vllm, of_sglang = prompts(1), prompts(2)
+    of_vllm, of_sglang = prompts(1, *LENGTHS), prompts(2, *LENGTHS)
     right = [plain.run([ask]).tokens[0] for ask in of_vllm + of_sglang]
 
     stored = vllm(keen, tmp_path, of_vllm)
@@ -70,15 +60,17 @@ def test_vllm_and_sglang(keen: Path, plain: Engine, tmp_path: Path) -> None:
     with Engine(keen, page_size=PAGE, **storage(settings(tmp_path), prefetch_threshold=PAGE)) as engine:
         ran = [engine.run([ask]) for ask in of_vllm + of_sglang]
         assert [one.tokens[0] for one in ran] == right
-        assert [one.storage[0] for one in ran] == [*whole_pages(of_vllm), 0, 0, 0]
+        assert [one.storage[0] for one in ran] == [*whole_pages(of_vllm, PAGE), 0, 0, 0]
         time.sleep(1)  # SGLang hands pages over in the background, and says of none when it is done
 
     found = vllm(keen, tmp_path, of_vllm + of_sglang)
     assert [answer["tokens"] for answer in found] == right
-    assert [answer["cached"] for answer in found] == whole_pages(of_vllm + of_sglang)
+    assert [answer["cached"] for answer in found] == whole_pages(of_vllm + of_sglang, PAGE)
 
     with Engine(keen, page_size=PAGE, **linker(settings(tmp_path))) as engine:
-        for ask, want, most in zip(of_vllm + of_sglang, right, whole_pages(of_vllm + of_sglang), strict=True):
+        for ask, want, most in zip(
+            of_vllm + of_sglang, right, whole_pages(of_vllm + of_sglang, PAGE), strict=True
+        ):
             end = time.monotonic() + 20
             while True:  # what only the disk has is a miss for the first who asks
                 ran = engine.run_anew([ask])
