@@ -74,7 +74,7 @@ class DiskStore(RecordStore):
         self._io.attach(self._pages.memory)
         self._lock = threading.Lock()
         self._committing = threading.Lock()
-        self._written: list[Header] = []  # since the last commit
+        self._written: list[tuple[int, int]] = []  # slots and sequences since the last commit
         self._sequence = 0
         self._room = True
         with contextlib.ExitStack() as opened:
@@ -149,7 +149,7 @@ class DiskStore(RecordStore):
         with self._lock:
             if header.epoch != self._epoch:
                 raise StorageError("the store was cleared meanwhile")
-            self._written.append(header)
+            self._written.append((slot, header.sequence))
 
     def read(self, slot: int, key: Key, record: Bytes) -> int:
         fd, offset = self._containers.place(slot)
@@ -184,9 +184,11 @@ class DiskStore(RecordStore):
             with self._lock:
                 written, self._written = self._written, []
             if written:
-                for fd in dict.fromkeys(self._containers.place(header.slot)[0] for header in written):
+                for fd in {self._containers.place(slot)[0] for slot, _ in written}:
                     self._io.sync(fd)
-                self._index.stored([header for header in written if header.epoch == self._epoch])
+                # What was cleared meanwhile has no entry any more, or that of another write.
+                slots, sequences = np.array(written, np.int64).T
+                self._index.stored(slots, sequences)
                 self._index.sync()
         if self._containers.sparse:
             room = self._containers.free_bytes >= self._how.min_free_bytes

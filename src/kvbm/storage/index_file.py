@@ -41,6 +41,8 @@ ENTRY = np.dtype(
 # The same, for one entry: filling a numpy record field by field costs ten times as much.
 _ENTRY = struct.Struct("<QQQIBBHQ")
 _NO_ENTRY = bytes(ENTRY.itemsize)
+_AT_ONCE = 1 << 22  # entries a write: the kernel takes less than 2 GiB
+_NEAR = 100  # entries no further apart are written together, with those between: 4 KB
 _WORD = 0xFFFFFFFFFFFFFFFF
 _MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9)
 
@@ -71,8 +73,9 @@ class IndexFile:
         try:
             self.entries = np.zeros(num_slots, ENTRY)
             self._load()
+            self._bytes = self.entries.view(np.uint8)
             if self.fresh and not self.unknown:
-                self._write_entries()
+                self._write_all()
                 self._write_title()
         except BaseException:
             os.close(self._fd)
@@ -82,12 +85,19 @@ class IndexFile:
         """A record is about to be written to the slot."""
         self._set(slot, _entry(header, State.PENDING))
 
-    def stored(self, headers: list[Header]) -> None:
-        """These records are safe. Those whose slot has been written again meanwhile are passed over."""
+    def stored(self, slots: NDArray[np.int64], sequences: NDArray[np.int64]) -> None:
+        """These pending records are safe. Those whose slot has been written again are passed over."""
         with self._lock:
-            for header in headers:
-                if int(self.entries[header.slot]["sequence"]) == header.sequence:
-                    self._put(header.slot, _entry(header, State.STORED))
+            entries = self.entries[slots]
+            safe = entries["sequence"] == sequences
+            entries, slots = entries[safe], slots[safe]
+            entries["state"] = State.STORED
+            entries["check"] = checks(entries)
+            self.entries[slots] = entries
+        slots = np.sort(slots)
+        for part in np.split(slots, np.flatnonzero(np.diff(slots) > _NEAR) + 1) if len(slots) else ():
+            with self._lock:  # not for all parts: records that are about to be written wait for it
+                self._write_entries(int(part[0]), int(part[-1]) + 1)
 
     def adopt(self, headers: list[Header]) -> None:
         """These records are safe, whatever the entries of their slots said."""
@@ -106,7 +116,7 @@ class IndexFile:
             self.entries[:] = 0
             for header in headers:
                 self.entries[header.slot] = np.frombuffer(_entry(header, State.STORED), ENTRY)[0]
-            self._write_entries()
+            self._write_all()
             self._write_title()
 
     def sync(self) -> None:
@@ -155,11 +165,10 @@ class IndexFile:
         self._io.write(self._fd, 0, [title])
         self._io.sync(self._fd)
 
-    def _write_entries(self) -> None:
-        data = self.entries.view(np.uint8)
-        for start in range(0, len(data), 1 << 28):
-            self._io.write(self._fd, PAGE + start, [data[start : start + (1 << 28)]])
-        os.ftruncate(self._fd, PAGE + len(data))
+    def _write_all(self) -> None:
+        for first in range(0, len(self.entries), _AT_ONCE):
+            self._write_entries(first, min(first + _AT_ONCE, len(self.entries)))
+        os.ftruncate(self._fd, PAGE + len(self._bytes))
         self._io.sync(self._fd)
 
     def _set(self, slot: int, entry: bytes) -> None:
@@ -167,8 +176,13 @@ class IndexFile:
             self._put(slot, entry)
 
     def _put(self, slot: int, entry: bytes) -> None:
-        self.entries[slot : slot + 1] = np.frombuffer(entry, ENTRY)
-        self._io.write(self._fd, PAGE + slot * ENTRY.itemsize, [self.entries[slot : slot + 1].view(np.uint8)])
+        # As bytes: assigning a numpy record takes ten times as long.
+        self._bytes.data[slot * ENTRY.itemsize : (slot + 1) * ENTRY.itemsize] = entry
+        self._write_entries(slot, slot + 1)
+
+    def _write_entries(self, first: int, end: int) -> None:
+        start, stop = first * ENTRY.itemsize, end * ENTRY.itemsize
+        self._io.write(self._fd, PAGE + start, [self._bytes[start:stop]])
 
 
 @dataclass(frozen=True, slots=True)
