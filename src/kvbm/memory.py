@@ -9,6 +9,7 @@ import ctypes
 import errno
 import mmap
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,15 @@ def populate(unused: NDArray[np.uint8]) -> None:
         unused.reshape(-1)[:: mmap.PAGESIZE] = 0
     elif error:  # no memory: to write there would kill the process
         raise OSError(error, os.strerror(error))
+
+
+def reserved_huge_pages(root: Path = Path("/")) -> tuple[int, int]:
+    """Bytes of a huge page, and how many are reserved and free."""
+    try:
+        lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+        return int(lines["Hugepagesize"].split()[0]) * 1024, int(lines["HugePages_Free"])
+    except (OSError, ValueError, KeyError, IndexError):
+        return 0, 0
 
 
 def _map_at_huge_page(fd: int, size: int) -> NDArray[np.uint8]:

@@ -165,9 +165,7 @@ class DiskConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = "posix"
     threads: Annotated[
         _Count,
-        _key(
-            "KVBM_DISK_THREADS", "Records that a rank reads at once; about half as many are written at once."
-        ),
+        _key("KVBM_DISK_THREADS", "Records that a rank reads at once; of 8 at most 6 are written at once."),
     ] = 8
     max_queued_blocks: Annotated[
         _Count,

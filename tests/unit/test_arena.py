@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 import kvbm.memory
 import kvbm.transfer.arena
 from kvbm.errors import CapacityError
-from kvbm.memory import HUGE_PAGE
+from kvbm.memory import HUGE_PAGE, reserved_huge_pages
 from kvbm.transfer.arena import (
     RECORD_ALIGNMENT,
     HostArena,
-    _reserved_huge_pages,
     available_memory,
     ensure_fits,
     slot_bytes,
@@ -36,6 +35,12 @@ def meminfo(available_kb: int) -> str:
         f"MemTotal:       64000000 kB\nMemFree:            1000 kB\n"
         f"MemAvailable:   {available_kb} kB\nBuffers:             12 kB\n"
     )
+
+
+@pytest.fixture(autouse=True)
+def none_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arenas of these tests are taken from what every machine has."""
+    monkeypatch.setattr(kvbm.transfer.arena, "reserved_huge_pages", lambda: (0, 0))
 
 
 # ---- arena ----
@@ -232,16 +237,16 @@ def huge_pages(free: int, kilobytes: int = 2048) -> str:
 
 
 def test_reserved_huge_pages(tmp_path: Path) -> None:
-    assert _reserved_huge_pages(tree(tmp_path, proc__meminfo=meminfo(5) + huge_pages(12))) == (2**21, 12)
-    assert _reserved_huge_pages(tree(tmp_path, proc__meminfo=huge_pages(3, 2**20))) == (2**30, 3)
+    assert reserved_huge_pages(tree(tmp_path, proc__meminfo=meminfo(5) + huge_pages(12))) == (2**21, 12)
+    assert reserved_huge_pages(tree(tmp_path, proc__meminfo=huge_pages(3, 2**20))) == (2**30, 3)
 
 
 @pytest.mark.parametrize(
     "text", ["", meminfo(5), "Hugepagesize: many kB\nHugePages_Free: 3\n", "Hugepagesize:\nHugePages_Free:\n"]
 )
 def test_no_reserved_huge_pages(tmp_path: Path, text: str) -> None:
-    assert _reserved_huge_pages(tmp_path) == (0, 0)
-    assert _reserved_huge_pages(tree(tmp_path, proc__meminfo=text)) == (0, 0)
+    assert reserved_huge_pages(tmp_path) == (0, 0)
+    assert reserved_huge_pages(tree(tmp_path, proc__meminfo=text)) == (0, 0)
 
 
 class Maps:
@@ -252,7 +257,7 @@ class Maps:
         self.refused = refused
         self._real = kvbm.transfer.arena._map
         monkeypatch.setattr(kvbm.transfer.arena, "_map", self)
-        monkeypatch.setattr(kvbm.transfer.arena, "_reserved_huge_pages", lambda root: (2**21, free))
+        monkeypatch.setattr(kvbm.transfer.arena, "reserved_huge_pages", lambda: (2**21, free))
 
     def __call__(self, size: int, flags: int = 0) -> tuple[int, NDArray[np.uint8]]:
         huge = bool(flags & os.MFD_HUGETLB)
@@ -292,9 +297,9 @@ def test_huge_pages_that_somebody_else_took(refused: Exception, monkeypatch: pyt
 
 def test_huge_pages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is told to be free can't really be mapped: nothing is left open."""
-    if _reserved_huge_pages(Path("/"))[1]:
+    if reserved_huge_pages()[1]:
         pytest.skip("this machine has some")
-    monkeypatch.setattr(kvbm.transfer.arena, "_reserved_huge_pages", lambda root: (2**21, 10**6))
+    monkeypatch.setattr(kvbm.transfer.arena, "reserved_huge_pages", lambda: (2**21, 10**6))
     before = descriptors()
     arena = HostArena(3, 2**20)
     arena.records()[:] = 1

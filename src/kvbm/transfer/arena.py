@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm.errors import CapacityError, LayoutError
-from kvbm.memory import collapse, map_shared, populate
+from kvbm.memory import collapse, map_shared, populate, reserved_huge_pages
 
 RECORD_ALIGNMENT = 4096  # a record is one O_DIRECT-capable I/O on the tiers below
 
@@ -115,7 +115,7 @@ def _attach(handle: ArenaHandle, size: int) -> tuple[int, NDArray[np.uint8]]:
 
 
 def _map_huge_pages(size: int) -> tuple[int, NDArray[np.uint8]] | None:
-    page, free = _reserved_huge_pages(Path("/"))
+    page, free = reserved_huge_pages()
     pages = -(-size // page) if page else 0
     if not pages or pages > free:
         return None
@@ -123,15 +123,6 @@ def _map_huge_pages(size: int) -> tuple[int, NDArray[np.uint8]] | None:
         return _map(pages * page, os.MFD_HUGETLB)
     except (CapacityError, OSError):  # somebody else took them meanwhile, or they are of another size
         return None
-
-
-def _reserved_huge_pages(root: Path) -> tuple[int, int]:
-    """Bytes of a huge page, and how many are reserved and free."""
-    try:
-        lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
-        return int(lines["Hugepagesize"].split()[0]) * 1024, int(lines["HugePages_Free"])
-    except (OSError, ValueError, KeyError, IndexError):
-        return 0, 0
 
 
 def ensure_fits(total_bytes: int, root: Path = Path("/")) -> None:
