@@ -8,9 +8,8 @@ checksums, reading and writing records of one size in random order at one depth 
 stay in a CPU's cache, in huge pages where some are reserved: sysctl vm.nr_hugepages=32; the others over host
 memory); CPU seconds of the I/O process per GB; what a Python loop on a core of its own loses that asks for
 answers every 5 ms, as the thread of an engine does with every step, what it loses beside fio, of which it
-knows nothing, and what part of its time it spends on the disk. The
-second: how long a store of so many records takes to open. Without fio (apt-get install fio) the rest is
-measured.
+knows nothing, and what part of its time it spends on the disk. The second: how long a store of so many
+records takes to open. Without fio (apt-get install fio) the rest is measured.
 """
 
 import argparse
