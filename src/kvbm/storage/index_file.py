@@ -95,9 +95,11 @@ class IndexFile:
             entries["check"] = checks(entries)
             self.entries[slots] = entries
         slots = np.sort(slots)
-        for part in np.split(slots, np.flatnonzero(np.diff(slots) > _NEAR) + 1) if len(slots) else ():
+        firsts = slots[np.diff(slots, prepend=-1 - _NEAR) > _NEAR]
+        lasts = slots[np.diff(slots, append=len(self.entries) + _NEAR) > _NEAR]
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
             with self._lock:  # not for all parts: records that are about to be written wait for it
-                self._write_entries(int(part[0]), int(part[-1]) + 1)
+                self._write_entries(first, last + 1)
 
     def adopt(self, headers: list[Header]) -> None:
         """These records are safe, whatever the entries of their slots said."""
