@@ -73,9 +73,11 @@ def reserved_huge_pages(root: Path = Path("/")) -> tuple[int, int]:
 def _map_at_huge_page(fd: int, size: int) -> NDArray[np.uint8]:
     """A system that was not told to use huge pages for shared memory maps it anywhere."""
     kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    reserved = mmap.mmap(-1, size + HUGE_PAGE, flags=kind)
+    # A file in reserved huge pages is mapped in whole ones, over whatever lies behind `size`.
+    page = max(HUGE_PAGE, os.fstat(fd).st_blksize)
+    reserved = mmap.mmap(-1, -(-size // page) * page + page, flags=kind)
     start = np.frombuffer(reserved, np.uint8).ctypes.data
-    offset = -start % HUGE_PAGE
+    offset = -start % page
     wanted: Any = start + offset
     access = mmap.PROT_READ | mmap.PROT_WRITE
     if _libc.mmap(wanted, size, access, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) != wanted:

@@ -3,6 +3,7 @@
 import mmap
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 import kvbm.memory
 import kvbm.transfer.arena
 from kvbm.errors import CapacityError
-from kvbm.memory import HUGE_PAGE, reserved_huge_pages
+from kvbm.memory import HUGE_PAGE, map_shared, reserved_huge_pages
 from kvbm.transfer.arena import (
     RECORD_ALIGNMENT,
     HostArena,
@@ -215,6 +216,57 @@ def test_memory_that_may_not_be_reserved_twice(monkeypatch: pytest.MonkeyPatch) 
     arena.records()[:] = 5
     arena.close()
     assert descriptors() == before
+
+
+def reserved_around(memory: NDArray[np.uint8]) -> tuple[int, int]:
+    """From where to where the address space was free when `memory` was mapped into it."""
+    base = memory
+    while not isinstance(base, mmap.mmap):
+        base = base.obj if isinstance(base, memoryview) else base.base
+    return np.frombuffer(base, np.uint8).ctypes.data, len(base)
+
+
+ODD_SIZES = [4096, 2**20, 3 * 2**20, 4 * 2**20 + 4096, 6 * 2**20]
+
+
+@pytest.mark.parametrize("page", [4096, 2**21, 2**30])
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_whole_huge_pages_are_mapped_over_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, page: int, size: int
+) -> None:
+    """The kernel maps whole ones, however much is asked for: what lay behind was lost, the heap for one."""
+    fd = os.memfd_create("test")
+    os.ftruncate(fd, size)
+    monkeypatch.setattr(kvbm.memory.os, "fstat", lambda fd: SimpleNamespace(st_blksize=page))
+    memory = map_shared(fd, size)
+    monkeypatch.undo()
+    start, length = reserved_around(memory)
+    address = memory.ctypes.data
+    assert address % max(page, HUGE_PAGE) == 0
+    assert start <= address
+    assert address + -(-size // page) * page <= start + length
+    memory[:] = 7
+    os.close(fd)
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_reserved_huge_pages_are_mapped_over_nothing_else(size: int) -> None:
+    """The same with real ones. Where none are reserved: sysctl vm.nr_hugepages=4."""
+    page, free = reserved_huge_pages()
+    if not page or free < -(-size // page):
+        pytest.skip("no huge pages are reserved")
+    fd = os.memfd_create("test", os.MFD_HUGETLB)
+    os.ftruncate(fd, -(-size // page) * page)
+    memory = map_shared(fd, size)
+    start, length = reserved_around(memory)
+    inode = os.fstat(fd).st_ino
+    (line,) = [
+        line for line in Path("/proc/self/maps").read_text().splitlines() if line.split()[4] == f"{inode}"
+    ]
+    first, last = (int(at, 16) for at in line.split()[0].split("-"))
+    assert start <= first == memory.ctypes.data < last <= start + length
+    memory[:] = 7
+    os.close(fd)
 
 
 def mapped_kb() -> int:
