@@ -212,7 +212,65 @@ def test_chunked_prefill_and_decode() -> None:
     assert scheduler.step({request: 1}).operations == []
     decode(request)  # 13 tokens: block 2 is full and computed by now
     assert scheduler.step({request: 1}, blocks={"r": [3]}).operations == []
-    assert scheduler.stored(scheduler.step(), request) == {2: 9}
+    steps = [scheduler.step() for _ in range(scheduler_module._STEPS_TOGETHER)]
+    assert [scheduler.stored(orders, request) for orders in steps] == [*[{}] * (len(steps) - 1), {2: 9}]
+
+
+def decoding(scheduler: Scheduler, count: int) -> list[FakeRequest]:
+    """Requests whose next token fills a block; what they have computed before is stored."""
+    requests = [make_request(f"r{i}", tokens=2 * BLOCK - 1, first=100 * i) for i in range(count)]
+    for i, request in enumerate(requests):
+        assert scheduler.admit(request, [2 * i, 2 * i + 1]) == 0
+    scheduler.step({request: request.num_tokens for request in requests}, new=tuple(requests))
+    assert len(scheduler.step().operations) == 1
+    for request in requests:
+        decode(request)
+    return requests
+
+
+def fill(scheduler: Scheduler, request: FakeRequest, block: int) -> int:
+    """A step in which a request goes on to another block; how many blocks its orders store."""
+    scheduler.step({request: 1})
+    decode(request)
+    orders = scheduler.step({request: 1}, blocks={request.request_id: [block]})
+    return sum(len(operation.host_slots) for operation in orders.operations)
+
+
+def test_blocks_that_fill_one_by_one_are_stored_together() -> None:
+    scheduler = Scheduler()
+    first, second, third = decoding(scheduler, 3)
+    assert (fill(scheduler, first, 41), fill(scheduler, second, 42)) == (0, 0)
+    counts = [len(scheduler.stored(scheduler.step(), first)) for _ in range(scheduler_module._STEPS_TOGETHER)]
+    assert counts.index(1) == scheduler_module._STEPS_TOGETHER - 3  # two steps were over
+    assert scheduler.leader.queued[0] == 3 + 2
+    # The next ones wait anew. A request that ends waits for none: its blocks are about to be freed.
+    assert fill(scheduler, third, 43) == 0
+    scheduler.side.finish(third, [[4, 5, 43]])
+    (operation,) = scheduler.step().operations
+    assert operation.device_blocks.tolist() == [5]
+
+
+def test_blocks_of_many_requests_do_not_wait() -> None:
+    scheduler = Scheduler()
+    requests = decoding(scheduler, scheduler_module._STORED_TOGETHER)
+    scheduler.step(dict.fromkeys(requests, 1))
+    for request in requests:
+        decode(request)
+    blocks = {request.request_id: [40 + i] for i, request in enumerate(requests)}
+    assert scheduler.step(dict.fromkeys(requests, 1), blocks=blocks).operations == []
+    (operation,) = scheduler.step().operations
+    assert len(operation.host_slots) == len(requests)
+
+
+def test_blocks_that_wait_go_with_a_prompt() -> None:
+    scheduler = Scheduler()
+    (request,) = decoding(scheduler, 1)
+    assert fill(scheduler, request, 41) == 0
+    prompt = make_request("prompt", tokens=2 * BLOCK, first=5000)
+    assert scheduler.admit(prompt, [51, 52]) == 0
+    assert scheduler.step({prompt: 2 * BLOCK, request: 1}, new=(prompt,)).operations == []
+    (operation,) = scheduler.step().operations
+    assert sorted(operation.device_blocks.tolist()) == [1, 51, 52]
 
 
 def test_blocks_in_flight_are_not_matched() -> None:

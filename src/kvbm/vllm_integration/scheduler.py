@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 # Naming a block takes a microsecond.
 _FIRST_LOOK = 16  # blocks that are named before the cache is first asked for them
 _NAMES_A_STEP = 128  # as many as can be named while the model computes the shortest of steps
+# To store one block costs as much as to store ten: those that requests fill one by one, as they decode, are
+# stored together, from so many requests, or after so many steps.
+_STORED_TOGETHER = 16
+_STEPS_TOGETHER = 8
 
 
 class SchedulerSide:
@@ -57,6 +61,7 @@ class SchedulerSide:
         # Whom the engine is busy with: of the last steps, and already chosen for the one being made.
         self._running: deque[set[str]] = deque([set()], maxlen=steps_in_flight)
         self._grown: list[str] = []  # who has computed blocks that are not stored
+        self._store_in = 0  # steps until they are
         self._step_blocks = 0  # computed in the last step
         self._block_pool: Any = None
         self._held: Counter[int] = Counter()  # device blocks that offloads of finished requests read
@@ -184,7 +189,8 @@ class SchedulerSide:
     def build_orders(self, scheduler_output: Any) -> StepOrders:
         """Plan what this step's blocks need; the orders go to all ranks with the step.
 
-        What the step computes is stored with the orders of the next: the device gets this one without delay.
+        What the step computes is stored with the orders of the next, or of a later one: the device gets this one
+        without delay.
         """
         leader = self.leader
         if leader is None:
@@ -192,26 +198,33 @@ class SchedulerSide:
         leader.tick()
         if self._held and leader.off_reason is not None:
             self._release_held()
-        grown, self._grown = self._grown, []
         for id_ in scheduler_output.preempted_req_ids or ():
             leader.preempt(id_)
-        if grown:
+        self._store_in -= 1
+        if self._grown and self._store_in <= 0:
+            grown, self._grown = self._grown, []
             leader.store(self._due(leader, grown))
         orders = leader.take_orders(scheduler_output.total_num_scheduled_tokens)
         changed = [new.req_id for new in scheduler_output.scheduled_new_reqs]
+        prefill = bool(changed)
         cached = scheduler_output.scheduled_cached_reqs
         # A running request gets a block when the one before is full: all others have nothing to offload.
         for i, new_blocks in enumerate(cached.new_block_ids):
             if new_blocks is not None:
                 id_ = cached.req_ids[i]
                 changed.append(id_)
+                prefill |= scheduler_output.num_scheduled_tokens[id_] >= self._block_size
                 if id_ not in cached.resumed_req_ids:  # their table came with `allocated`
                     leader.extend_table(id_, *self._tables(new_blocks))
         self._running.append(set(scheduler_output.num_scheduled_tokens))
         if not self._groups.single:  # of some groups vLLM gives up blocks with the next step
             self._store_passing(changed, scheduler_output)
             return orders
+        if not self._grown:
+            self._store_in = _STEPS_TOGETHER
         self._grown = list(dict.fromkeys([*self._grown, *changed]))
+        if prefill or len(self._grown) >= _STORED_TOGETHER:
+            self._store_in = 0
         self._step_blocks = scheduler_output.total_num_scheduled_tokens // self._block_size
         if self._events is not None:  # vLLM's events of these blocks may come before the next step
             for id_ in changed:
