@@ -189,8 +189,8 @@ class SchedulerSide:
     def build_orders(self, scheduler_output: Any) -> StepOrders:
         """Plan what this step's blocks need; the orders go to all ranks with the step.
 
-        What the step computes is stored with the orders of the next, or of a later one: the device gets this one
-        without delay.
+        What the step computes is stored with the orders of the next, or of a later one: the device gets this
+        one without delay.
         """
         leader = self.leader
         if leader is None:
