@@ -4,6 +4,7 @@ import mmap
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -220,7 +221,7 @@ def test_memory_that_may_not_be_reserved_twice(monkeypatch: pytest.MonkeyPatch) 
 
 def reserved_around(memory: NDArray[np.uint8]) -> tuple[int, int]:
     """From where to where the address space was free when `memory` was mapped into it."""
-    base = memory
+    base: Any = memory
     while not isinstance(base, mmap.mmap):
         base = base.obj if isinstance(base, memoryview) else base.base
     return np.frombuffer(base, np.uint8).ctypes.data, len(base)
