@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""What KVBM costs a request that finds nothing: several real vLLM on one GPU, asked in turn.
+"""What KVBM costs a request that finds nothing, and those that decode: several real vLLM on one GPU, in turn.
 
     PYTHONPATH=. python benchmarks/vllm_in_turn.py [--engines none null kvbm] [--repeats 15] [--json FILE]
+        [--only ttft decode]
 
 `vllm_gpu.py` measures one engine after the other, and a machine changes by more than the half percent that
 is in question. Here all engines live at once, each in a process of its own; every prompt goes to one after
 the other, in random order, while the others are idle. Figures: time to the first token (TTFT), cold and found
 on the device, its median and least; and of each engine's differences to the first engine, prompt by prompt,
-the median with the interval that holds the true median with 95 % (by order statistics).
+the median with the interval that holds the true median with 95 % (by order statistics). Then the same of the
+inter-token latency of 16 requests that decode: alone, and while prompts of 16k tokens arrive that are found
+on the device, or in the host tier.
 """
 
 import argparse
@@ -24,18 +27,19 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.vllm_gpu import SIZES, Engine, random_prompt
+from benchmarks.vllm_gpu import SIZES, Engine, decode_beside, random_prompt, stored_prompts
 
-DEVICE_BLOCKS = 2400  # a prompt of 32k tokens, and room
-SHARE = 0.3  # of the GPU's memory for each engine
+DEVICE_BLOCKS = 2600  # a prompt of 32k tokens, or one of 16k and 16 requests that decode, and room
+CASES = ("alone", "device hits", "host hits")
+ARRIVALS = 3
 
 
 class Side:
     """One engine, in a child process that is told the seed and length of a prompt."""
 
-    def __init__(self, name: str, mode: str, host_gb: float) -> None:
+    def __init__(self, name: str, mode: str, host_gb: float, share: float) -> None:
         self.name = name
-        command = [sys.executable, sys.argv[0], "--child", name, mode, str(host_gb)]
+        command = [sys.executable, sys.argv[0], "--child", name, mode, str(host_gb), str(share)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, **order: Any) -> Any:
@@ -53,15 +57,21 @@ class Side:
         self._process.wait()
 
 
-async def child(name: str, mode: str, host_gb: float) -> None:
-    engine = Engine(name, mode, host_gb, num_gpu_blocks_override=DEVICE_BLOCKS, gpu_memory_utilization=SHARE)
+async def child(name: str, mode: str, host_gb: float, share: float) -> None:
+    engine = Engine(name, mode, host_gb, num_gpu_blocks_override=DEVICE_BLOCKS, gpu_memory_utilization=share)
     await engine.memory_is_pinned()
     loop = asyncio.get_running_loop()
+    prompts: list[list[int]] = []
     while line := await loop.run_in_executor(None, sys.stdin.readline):
         order = json.loads(line)
-        prompt = random_prompt(np.random.default_rng(order["seed"]), order["tokens"])
-        cold, device = await engine.ask_cold_and_again(prompt)
-        print("answer", json.dumps([1e3 * cold["ttft"], 1e3 * device["ttft"]]), flush=True)
+        if "decode" in order:
+            prompts = prompts or await stored_prompts(engine, ARRIVALS)
+            answer: Any = await decode_beside(engine, prompts, order["decode"])
+        else:
+            prompt = random_prompt(np.random.default_rng(order["seed"]), order["tokens"])
+            cold, device = await engine.ask_cold_and_again(prompt)
+            answer = [1e3 * cold["ttft"], 1e3 * device["ttft"]]
+        print("answer", json.dumps(answer), flush=True)
 
 
 def compared(first: list[float], other: list[float]) -> dict[str, Any]:
@@ -88,41 +98,66 @@ def main() -> None:
     )
     parser.add_argument("--engines", nargs="+", default=["none", "null", "kvbm"], help="as of vllm_gpu.py")
     parser.add_argument("--mode", default="graphs", choices=["eager", "graphs"])
-    parser.add_argument("--host-gb", type=float, default=10.0)
+    parser.add_argument("--host-gb", type=float, default=16.0)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", help="file for the figures")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", default=["ttft", "decode"], choices=["ttft", "decode"])
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        name, mode, host_gb = arguments.child
-        asyncio.run(child(name, mode, float(host_gb)))
+        name, mode, host_gb, share = arguments.child
+        asyncio.run(child(name, mode, float(host_gb), float(share)))
         return
-    sides = [Side(name, arguments.mode, arguments.host_gb) for name in arguments.engines]
-    order = random.Random(0)
+    share = min(0.3, 0.9 / len(arguments.engines))  # of the GPU's memory for each
+    sides = [Side(name, arguments.mode, arguments.host_gb, share) for name in arguments.engines]
     results: dict[str, Any] = {"engines": arguments.engines, "mode": arguments.mode}
+    file = Path(arguments.json or tempfile.mktemp(suffix=".json"))
     try:
-        for tokens in (512, *SIZES.values()):  # warm up
-            for side in sides:
-                side.ask(seed=tokens, tokens=tokens)
-        for size, tokens in SIZES.items():
-            times: list[list[list[float]]] = [[] for _ in sides]  # by engine and repeat: cold, device
-            for repeat in range(arguments.repeats):
-                for which in order.sample(range(len(sides)), len(sides)):
-                    seed = 10**6 * (repeat + 1) + tokens
-                    times[which].append(sides[which].ask(seed=seed, tokens=tokens))
-            results[size] = {}
-            for i, where in enumerate(("cold", "device")):
-                columns = [[row[i] for row in rows] for rows in times]
-                for side, column in zip(sides, columns, strict=True):
-                    row = compared(columns[0], column)
-                    print(size, where, side.name, row, flush=True)
-                    results[size][f"{where}, {side.name}"] = {**row, "all": [round(ms, 2) for ms in column]}
+        for part in arguments.only:
+            measure = {"ttft": first_tokens, "decode": decoding}[part]
+            measure(sides, arguments.repeats, results)
+            file.write_text(json.dumps(results, indent=1))
     finally:
         for side in sides:
             side.close()
-    file = Path(arguments.json or tempfile.mktemp(suffix=".json"))
-    file.write_text(json.dumps(results, indent=1))
     print(f"figures in {file}")
+
+
+def first_tokens(sides: list[Side], repeats: int, results: dict[str, Any]) -> None:
+    order = random.Random(0)
+    for tokens in (512, *SIZES.values()):  # warm up
+        for side in sides:
+            side.ask(seed=tokens, tokens=tokens)
+    for size, tokens in SIZES.items():
+        times: list[list[list[float]]] = [[] for _ in sides]  # by engine and repeat: cold, device
+        for repeat in range(repeats):
+            for which in order.sample(range(len(sides)), len(sides)):
+                seed = 10**6 * (repeat + 1) + tokens
+                times[which].append(sides[which].ask(seed=seed, tokens=tokens))
+        results[size] = {}
+        for i, where in enumerate(("cold", "device")):
+            columns = [[row[i] for row in rows] for rows in times]
+            for side, column in zip(sides, columns, strict=True):
+                row = compared(columns[0], column)
+                print(size, where, side.name, row, flush=True)
+                results[size][f"{where}, {side.name}"] = {**row, "all": [round(ms, 2) for ms in column]}
+
+
+def decoding(sides: list[Side], repeats: int, results: dict[str, Any]) -> None:
+    """Each over the first engine alone."""
+    order = random.Random(0)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    todo = [(side, case) for side in sides for case in CASES]
+    todo = [(side, case) for side, case in todo if case != "host hits" or side.name not in ("none", "null")]
+    for _ in range(repeats):
+        for side, case in order.sample(todo, len(todo)):
+            rows.setdefault(f"{case}, {side.name}", []).append(side.ask(decode=case))
+    base = [row["mean"] for row in rows[f"alone, {sides[0].name}"]]
+    results["decode"] = {}
+    for key, found in rows.items():
+        row = compared(base, [each["mean"] for each in found])
+        print("decode", key, row, flush=True)
+        results["decode"][key] = {**row, "all": found}
 
 
 if __name__ == "__main__":

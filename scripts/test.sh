@@ -30,11 +30,17 @@ pyright
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
+# A real SGLang, in an environment of its own on top of this one. It is set up while other tests run.
+sglang=
+if grep -q ^cpu .venv/kvbm-engine.stamp; then
+    bash scripts/setup_sglang.sh >.venv/sglang.log 2>&1 &
+    sglang=$!
+    trap 'kill "$sglang" 2>/dev/null || true' EXIT
+fi
 # Fast tests first: a mistake in the logic should not wait for an engine to start.
 python -m pytest tests/unit tests/property tests/storage tests/trtllm -m "not gpu and not engine"
 python -m pytest -m "engine and not gpu"
-# A real SGLang, in an environment of its own on top of this one.
-if grep -q ^cpu .venv/kvbm-engine.stamp; then
-    bash scripts/setup_sglang.sh
+if [ -n "$sglang" ]; then
+    wait "$sglang" || { cat .venv/sglang.log && exit 1; }
     .venv-sglang/bin/python -m pytest tests/sglang
 fi
