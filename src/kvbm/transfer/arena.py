@@ -29,6 +29,7 @@ class ArenaHandle:
 
     pid: int
     fd: int
+    size: int  # of records and checksums; the file is larger in reserved huge pages
     device: int  # with the inode: a number of a process or descriptor may have been given anew
     inode: int
 
@@ -52,6 +53,7 @@ class HostArena:
         else:
             self.fd, memory = _map_huge_pages(with_checksums) or _map(with_checksums)
         self._close_fd = weakref.finalize(self, os.close, self.fd)  # also where nobody calls `close`
+        self._size = with_checksums
         self._collapses = True
         self.slots: NDArray[np.uint8] = memory[:size].reshape(num_slots, self.slot_bytes)
         # Beside the records: whoever shares them has to be able to check them.
@@ -60,7 +62,7 @@ class HostArena:
     @property
     def handle(self) -> ArenaHandle:
         stat = os.fstat(self.fd)
-        return ArenaHandle(os.getpid(), self.fd, stat.st_dev, stat.st_ino)
+        return ArenaHandle(os.getpid(), self.fd, self._size, stat.st_dev, stat.st_ino)
 
     def records(self) -> NDArray[np.uint8]:
         """View of all records, shape (num_slots, record_bytes)."""
@@ -106,7 +108,8 @@ def _attach(handle: ArenaHandle, size: int) -> tuple[int, NDArray[np.uint8]]:
         raise LayoutError(f"The host tier of process {handle.pid} can't be shared: {error}.") from error
     try:
         stat = os.fstat(fd)
-        if (stat.st_dev, stat.st_ino) != (handle.device, handle.inode) or stat.st_size < size:
+        same = (stat.st_dev, stat.st_ino) == (handle.device, handle.inode) and stat.st_size >= size
+        if not same or handle.size != size:
             raise LayoutError(f"Process {handle.pid} has no host tier of {size} bytes any more.")
         return fd, map_shared(fd, stat.st_size)
     except BaseException:
