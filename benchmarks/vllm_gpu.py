@@ -54,13 +54,12 @@ KVBM = {
     "kv_connector_module_path": "kvbm.vllm_integration.connector",
 }
 BENCH = {"kv_role": "kv_both", "kv_connector_module_path": "benchmarks.connectors"}
+COPY_METHODS = ("dma", "kernel", "staged")
 CONNECTORS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "kvbm": KVBM,
     "native": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"},
-    "dma": KVBM,
-    "kernel": KVBM,
-    "staged": KVBM,
+    **dict.fromkeys(COPY_METHODS, KVBM),
     "disk": KVBM,
     "disk-always": KVBM,
     "null": {**BENCH, "kv_connector": "NullConnector"},
@@ -92,7 +91,7 @@ class Engine:
             }
         elif connector is not None and name != "null":
             extra: dict[str, Any] = {"host.cache_gb": host_gb}
-            if name in ("dma", "kernel", "staged"):
+            if name in COPY_METHODS:
                 extra["transfer.copy_method"] = name
             if name.startswith("disk"):
                 extra = {
@@ -234,12 +233,14 @@ async def decoding(engine: Engine, name: str) -> dict[str, Any]:
     """Inter-token latency in ms of 16 requests that decode while 16k-token prompts arrive."""
     prompts = await stored_prompts(engine, 8)
     result: dict[str, Any] = {}
-    for case in ("alone", "device hits", "host hits"):
-        if case == "host hits" and name in ("none", "null"):
-            continue
+    for case in decode_cases(name):
         result[case] = await decode_beside(engine, prompts, case)
         print(case, {k: v if k == "ttft" else round(v, 2) for k, v in result[case].items()}, flush=True)
     return result
+
+
+def decode_cases(name: str) -> list[str]:
+    return ["alone", "device hits", *(["host hits"] if name not in ("none", "null") else [])]
 
 
 async def stored_prompts(engine: Engine, count: int) -> list[list[int]]:

@@ -27,10 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.vllm_gpu import SIZES, Engine, decode_beside, random_prompt, stored_prompts
+from benchmarks.vllm_gpu import SIZES, Engine, decode_beside, decode_cases, random_prompt, stored_prompts
 
 DEVICE_BLOCKS = 2600  # a prompt of 32k tokens, or one of 16k and 16 requests that decode, and room
-CASES = ("alone", "device hits", "host hits")
 ARRIVALS = 3
 
 
@@ -147,8 +146,7 @@ def decoding(sides: list[Side], repeats: int, results: dict[str, Any]) -> None:
     """Each over the first engine alone."""
     order = random.Random(0)
     rows: dict[str, list[dict[str, Any]]] = {}
-    todo = [(side, case) for side in sides for case in CASES]
-    todo = [(side, case) for side, case in todo if case != "host hits" or side.name not in ("none", "null")]
+    todo = [(side, case) for side in sides for case in decode_cases(side.name)]
     for _ in range(repeats):
         for side, case in order.sample(todo, len(todo)):
             rows.setdefault(f"{case}, {side.name}", []).append(side.ask(decode=case))

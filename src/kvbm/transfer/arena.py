@@ -53,7 +53,6 @@ class HostArena:
         else:
             self.fd, memory = _map_huge_pages(with_checksums) or _map(with_checksums)
         self._close_fd = weakref.finalize(self, os.close, self.fd)  # also where nobody calls `close`
-        self._size = with_checksums
         self._collapses = True
         self.slots: NDArray[np.uint8] = memory[:size].reshape(num_slots, self.slot_bytes)
         # Beside the records: whoever shares them has to be able to check them.
@@ -62,7 +61,8 @@ class HostArena:
     @property
     def handle(self) -> ArenaHandle:
         stat = os.fstat(self.fd)
-        return ArenaHandle(os.getpid(), self.fd, self._size, stat.st_dev, stat.st_ino)
+        size = self.slots.nbytes + self.checksums.nbytes
+        return ArenaHandle(os.getpid(), self.fd, size, stat.st_dev, stat.st_ino)
 
     def records(self) -> NDArray[np.uint8]:
         """View of all records, shape (num_slots, record_bytes)."""
