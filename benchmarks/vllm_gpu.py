@@ -174,6 +174,19 @@ class Engine:
         expect_cached(device, len(prompt) - 16, len(prompt))
         return cold, device
 
+    async def ask_host(self, prompt: Sequence[int], output: int = 1) -> Any:
+        """The same prompt, of which only the host tier is left; the device is emptied again."""
+        await self.wake_up()
+        host = await self.ask(prompt, output)
+        await asyncio.sleep(0.2)
+        await self.empty_device()
+        expect_cached(host, len(prompt) - 32, len(prompt))
+        return host
+
+
+def has_host_tier(name: str) -> bool:
+    return name not in ("none", "null")
+
 
 def random_prompt(rng: np.random.Generator, tokens: int) -> list[int]:
     return rng.integers(0, 128000, tokens).tolist()
@@ -191,14 +204,10 @@ async def first_tokens(engine: Engine, name: str, repeats: int) -> dict[str, Any
             cold, device = await engine.ask_cold_and_again(prompt, 8)
             rows["cold"].append(cold["ttft"])
             rows["device"].append(device["ttft"])
-            if name not in ("none", "null"):
-                await engine.wake_up()
-                host = await engine.ask(prompt, 8)
+            if has_host_tier(name):
+                host = await engine.ask_host(prompt, 8)
                 rows["host"].append(host["ttft"])
-                expect_cached(host, tokens - 32, tokens)
                 equal += host["ids"] == device["ids"]
-                await asyncio.sleep(0.2)
-                await engine.empty_device()
         result[size] = {
             where: {
                 "median": 1e3 * statistics.median(times),
@@ -240,7 +249,7 @@ async def decoding(engine: Engine, name: str) -> dict[str, Any]:
 
 
 def decode_cases(name: str) -> list[str]:
-    return ["alone", "device hits", *(["host hits"] if name not in ("none", "null") else [])]
+    return ["alone", "device hits", *(["host hits"] if has_host_tier(name) else [])]
 
 
 async def stored_prompts(engine: Engine, count: int) -> list[list[int]]:
@@ -293,7 +302,7 @@ async def batch(engine: Engine, name: str) -> dict[str, float]:
         for where in ("cold", "device", "host"):
             if where == "host":
                 await engine.empty_device()
-                if name in ("none", "null"):
+                if not has_host_tier(name):
                     continue
             start = time.perf_counter()
             answers = await asyncio.gather(*(engine.ask(prompt, 64) for prompt in prompts))

@@ -6,11 +6,11 @@
 
 `vllm_gpu.py` measures one engine after the other, and a machine changes by more than the half percent that
 is in question. Here all engines live at once, each in a process of its own; every prompt goes to one after
-the other, in random order, while the others are idle. Figures: time to the first token (TTFT), cold and found
-on the device, its median and least; and of each engine's differences to the first engine, prompt by prompt,
-the median with the interval that holds the true median with 95 % (by order statistics). Then the same of the
-inter-token latency of 16 requests that decode: alone, and while prompts of 16k tokens arrive that are found
-on the device, or in the host tier.
+the other, in random order, while the others are idle. Figures: time to the first token (TTFT), cold, found on
+the device and in the host tier, its median and least; and of each engine's differences to the first engine
+(for the host tier: to its device hits), prompt by prompt, the median with the interval that holds the true
+median with 95 % (by order statistics). Then the same of the inter-token latency of 16 requests that decode:
+alone, and while prompts of 16k tokens arrive that are found on the device, or in the host tier.
 """
 
 import argparse
@@ -27,7 +27,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.vllm_gpu import SIZES, Engine, decode_beside, decode_cases, random_prompt, stored_prompts
+from benchmarks.vllm_gpu import (
+    SIZES,
+    Engine,
+    decode_beside,
+    decode_cases,
+    has_host_tier,
+    random_prompt,
+    stored_prompts,
+)
 
 DEVICE_BLOCKS = 2600  # a prompt of 32k tokens, or one of 16k and 16 requests that decode, and room
 ARRIVALS = 3
@@ -68,8 +76,9 @@ async def child(name: str, mode: str, host_gb: float, share: float) -> None:
             answer: Any = await decode_beside(engine, prompts, order["decode"])
         else:
             prompt = random_prompt(np.random.default_rng(order["seed"]), order["tokens"])
-            cold, device = await engine.ask_cold_and_again(prompt)
-            answer = [1e3 * cold["ttft"], 1e3 * device["ttft"]]
+            answer = [1e3 * asked["ttft"] for asked in await engine.ask_cold_and_again(prompt)]
+            if has_host_tier(name):
+                answer.append(1e3 * (await engine.ask_host(prompt))["ttft"])
         print("answer", json.dumps(answer), flush=True)
 
 
@@ -128,16 +137,19 @@ def first_tokens(sides: list[Side], repeats: int, results: dict[str, Any]) -> No
         for side in sides:
             side.ask(seed=tokens, tokens=tokens)
     for size, tokens in SIZES.items():
-        times: list[list[list[float]]] = [[] for _ in sides]  # by engine and repeat: cold, device
+        times: list[list[list[float]]] = [[] for _ in sides]  # by engine and repeat: cold, device, host
         for repeat in range(repeats):
             for which in order.sample(range(len(sides)), len(sides)):
                 seed = 10**6 * (repeat + 1) + tokens
                 times[which].append(sides[which].ask(seed=seed, tokens=tokens))
         results[size] = {}
-        for i, where in enumerate(("cold", "device")):
-            columns = [[row[i] for row in rows] for rows in times]
-            for side, column in zip(sides, columns, strict=True):
-                row = compared(columns[0], column)
+        for i, where in enumerate(("cold", "device", "host")):
+            base = [row[min(i, 1)] for row in times[0]]  # from the host: over the first engine's device hits
+            for side, rows in zip(sides, times, strict=True):
+                if i == len(rows[0]):
+                    continue
+                column = [row[i] for row in rows]
+                row = compared(base, column)
                 print(size, where, side.name, row, flush=True)
                 results[size][f"{where}, {side.name}"] = {**row, "all": [round(ms, 2) for ms in column]}
 

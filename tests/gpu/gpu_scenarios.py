@@ -24,7 +24,7 @@ def in_step_loads(llm: Any) -> int:
 
 
 def blocks_are_contiguous(llm: Any) -> bool:
-    return copy_engine(llm)._pieces.contiguous
+    return copy_engine(llm)._pieces.copies == 1
 
 
 def seed_weights() -> None:

@@ -234,7 +234,7 @@ def test_neighbours_are_one_copy(blocks: list[int], first: int, gap: int | None,
 def test_pieces_of_a_block_that_touch_are_one_copy(layout: str, copies_a_block: int) -> None:
     kv = cache(layout)
     table = PieceTable(kv.layout)
-    assert table.contiguous == (copies_a_block == 1)
+    assert table.copies == copies_a_block
     assert len(table) == sum(run.pieces for run in kv.layout.runs)
     assert table.size.sum() == kv.layout.record_bytes
     arena = arena_of(kv.layout)

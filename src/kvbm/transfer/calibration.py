@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,21 +18,32 @@ class Method(StrEnum):
     STAGED = "staged"  # a kernel packs whole records in device memory, the copy engines move those
 
 
-# A kernel keeps SMs from the model for as long as the bus takes: on an H200 offloading by kernel made a cold
-# prefill 4 % slower. It has to be so much faster than the copy engines to be chosen.
-_KERNEL_HANDICAP = 1.5
+# What takes SMs from the model has to be so much faster to be chosen. A kernel takes them for as long as the
+# bus takes: offloading by kernel made a cold prefill 4 % slower. Packing takes them for moments, but offloads
+# come while the model computes, and nobody waits for them: a cold prompt of 16k cost 5.7 ms with it, 2.4 with
+# DMA alone (H200, benchmarks/results/2026-12-01-h200.md).
+_HANDICAPS = {
+    ("offload", Method.KERNEL): 1.5,
+    ("onboard", Method.KERNEL): 1.5,
+    ("offload", Method.STAGED): 1.25,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class MethodTable:
-    """For each direction ("offload", "onboard") the best method by number of blocks, ascending."""
+    """For each direction ("offload", "onboard") the best method by number of blocks, ascending.
+
+    most_by_dma: blocks; more are staged where DMA is the best, as ordering them takes the engine's thread.
+    """
 
     rows: Mapping[str, Sequence[tuple[int, Method]]]
+    most_by_dma: int = sys.maxsize
 
     def choose(self, direction: str, blocks: int) -> Method:
         """The method measured for the nearest number of blocks, in proportion."""
         rows = self.rows[direction]
-        return min(rows, key=lambda row: max(blocks, row[0]) / max(1, min(blocks, row[0])))[1]
+        best = min(rows, key=lambda row: max(blocks, row[0]) / max(1, min(blocks, row[0])))[1]
+        return Method.STAGED if best is Method.DMA and blocks > self.most_by_dma else best
 
 
 def always(method: Method) -> MethodTable:
@@ -49,7 +61,7 @@ def measure(
     """Time copy(direction, method, blocks), best of three; None if the budget did not suffice.
 
     The first copy of each method is not counted: a kernel may have to be compiled for it, for which the
-    budget does not pay either. A kernel's times count half as much again, see _KERNEL_HANDICAP.
+    budget does not pay either. What takes SMs has a handicap, see _HANDICAPS.
     """
     methods, counts = list(methods), sorted(counts)
     for method in methods:
@@ -65,8 +77,7 @@ def measure(
                     before = clock()
                     copy(direction, method, count)
                     after = clock()
-                    handicap = _KERNEL_HANDICAP if method is Method.KERNEL else 1.0
-                    took = (after - before) * handicap
+                    took = (after - before) * _HANDICAPS.get((direction, method), 1.0)
                     seconds[method] = min(seconds.get(method, float("inf")), took)
                     if after - started > budget_s:
                         return None

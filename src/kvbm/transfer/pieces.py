@@ -32,9 +32,9 @@ class PieceTable:
         return len(self.size)
 
     @property
-    def contiguous(self) -> bool:
-        """Whether each block is one stretch of memory on the device too."""
-        return len(self.joined(0, len(self))[0]) == 1
+    def copies(self) -> int:
+        """How many a block takes: 1 where it is one stretch of memory on the device too."""
+        return len(self.joined(0, len(self))[0])
 
     def aligned(self, alignment: int) -> bool:
         """Whether every piece starts and ends at a multiple of `alignment`, on the device and in records."""

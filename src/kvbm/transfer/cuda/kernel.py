@@ -13,16 +13,18 @@ from kvbm.transfer.cuda import driver
 
 WORD_BYTES = 8
 ALIGNMENT = 16  # of the addresses and sizes of all pieces
-_TILE_WORDS = 2048
-_WARPS = 8
+# Words of a tile: the largest that pieces are whole multiples of. With more bytes on their way at once 16 SMs
+# of an H200 pack 128 blocks sooner: in 0.56 ms by tiles of 2048, 0.45 by 4096, 0.32 by 8192.
+_TILES = (8192, 4096, 2048)
+_WORDS_A_WARP = 256
 _PARAMETERS = 11  # of the kernel, without those that it is compiled for
 
 # Programs, each on an SM of its own.
 # Over the bus, measured on an H200 (PCIe 5): fewer lose bandwidth, more gain none.
 PROGRAMS_TO_HOST = 8
 PROGRAMS_FROM_HOST = 16
-# While a prefill runs. Cold prompts took as long with 64; with 8 perhaps a little longer
-# (benchmarks/results/2026-11-27-vllm-in-turn-h100.md).
+# While a prefill runs, whose kernels wait for the last SM: so it is not the fewer the better. Cold prompts of
+# 16k cost 8.1 ms with 4, 5.7 with 16, 4.6 with all (benchmarks/results/2026-12-01-h200.md).
 PROGRAMS_TO_PACK = 16
 PROGRAMS_TO_UNPACK = 8  # for loads while others decode
 
@@ -88,8 +90,9 @@ class PieceCopies:
 
     def __init__(self, pieces: torch.Tensor, words: tuple[int, int], record_stride: int) -> None:
         self._pieces = pieces
-        self._tiles = -(-words[1] // _TILE_WORDS)
-        self._whole = words[0] == words[1] and words[1] % _TILE_WORDS == 0
+        self._tile = next((tile for tile in _TILES if not any(n % tile for n in words)), _TILES[-1])
+        self._tiles = -(-words[1] // self._tile)
+        self._whole = words[0] == words[1] == self._tiles * self._tile
         self._stride = record_stride
         self._compiled: dict[bool, driver.Kernel | None] = {}
 
@@ -129,8 +132,8 @@ class PieceCopies:
                 *rest,
                 GATHER=gather,
                 WHOLE_TILES=self._whole,
-                TILE=_TILE_WORDS,
-                num_warps=_WARPS,
+                TILE=self._tile,
+                num_warps=self._tile // _WORDS_A_WARP,
             )
         if gather not in self._compiled:
             self._compiled[gather] = _without_launcher(found)
