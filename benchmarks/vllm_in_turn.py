@@ -15,6 +15,7 @@ alone, and while prompts of 16k tokens arrive that are found on the device, or i
 
 import argparse
 import asyncio
+import contextlib
 import json
 import math
 import random
@@ -60,8 +61,14 @@ class Side:
         raise RuntimeError(f"the engine {self.name} has died")
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        """The child is told to end: killed, it would leave vLLM's own process behind."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has died
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
 
 
 async def child(name: str, mode: str, host_gb: float, share: float) -> None:
@@ -80,6 +87,7 @@ async def child(name: str, mode: str, host_gb: float, share: float) -> None:
             if has_host_tier(name):
                 answer.append(1e3 * (await engine.ask_host(prompt))["ttft"])
         print("answer", json.dumps(answer), flush=True)
+    engine.llm.shutdown()
 
 
 def compared(first: list[float], other: list[float]) -> dict[str, Any]:
