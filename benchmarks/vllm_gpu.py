@@ -9,7 +9,8 @@ cache was emptied; the inter-token latency of 16 decoding requests while such pr
 prompts of 2k tokens with 64 output tokens; its start. Tokens served from a tier are asserted, or a figure
 would mean nothing. `--only` takes parts of that: ttft, decode, batch, or start alone. `--only disk` asks for
 prompts that lie on disk alone: the engine `disk` loads what pays, `disk-always` all that is there. `dma`,
-`kernel` and `staged` are KVBM with one way to copy.
+`kernel` and `staged` are KVBM with one way to copy; `timed` is KVBM in an engine that tells where the time of
+its steps goes while requests decode.
 """
 
 import argparse
@@ -68,6 +69,10 @@ CONNECTORS: dict[str, dict[str, Any] | None] = {
 }
 PARTS = ["ttft", "decode", "batch", "disk", "start"]
 DISK_HOST_GB = 4.5  # two of the prompts that lie on disk
+# Of a turn of the loop of the engine `timed`. The hooks are parts of the others; what these leave of a turn
+# the engine has waited for the device.
+STEP_PARTS = ("schedule", "execute", "sample", "update", "hooks")
+STEP_COLUMNS = ("end", "turn", "tokens", *STEP_PARTS)
 
 
 class Engine:
@@ -80,6 +85,9 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self.host_gb = host_gb
+        self.step_times = Path(tempfile.mktemp(suffix=".steps")) if name == "timed" else None
+        if self.step_times is not None:
+            os.environ["STEP_TIMES"] = str(self.step_times)
         self._sampling = SamplingParams
         folder = Path(tempfile.mkdtemp())
         (folder / "config.json").write_text(json.dumps(MODEL))
@@ -244,7 +252,11 @@ async def decoding(engine: Engine, name: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for case in decode_cases(name):
         result[case] = await decode_beside(engine, prompts, case)
-        print(case, {k: v if k == "ttft" else round(v, 2) for k, v in result[case].items()}, flush=True)
+        print(
+            case,
+            {k: round(v, 2) if isinstance(v, float) else v for k, v in result[case].items()},
+            flush=True,
+        )
     return result
 
 
@@ -284,13 +296,46 @@ async def decode_beside(engine: Engine, prompts: Sequence[Sequence[int]], case: 
     if min(answer["times"][-1] for answer in answers) < end:
         raise RuntimeError("the requests that decode were over before all prompts had arrived")
     gaps = np.concatenate([np.diff([t for t in answer["times"] if begin <= t <= end]) for answer in answers])
-    return {
+    result = {
         "mean": 1e3 * float(gaps.mean()),
         "median": 1e3 * float(np.median(gaps)),
         "p99": 1e3 * float(np.percentile(gaps, 99)),
         "ttft": [round(1e3 * value, 1) for value in ttft],
         "seconds": end - begin,
     }
+    if engine.step_times is not None:
+        result["steps"] = where_steps_go(
+            engine.step_times, begin - DECODE_BEFORE_S / 2, begin, end, len(decoders)
+        )
+    return result
+
+
+def where_steps_go(file: Path, first: float, begin: float, end: float, tokens: int) -> dict[str, Any]:
+    """Medians in ms of steps that only decode, before and after `begin`, and each longer one of all after it.
+
+    By the monotonic clock, which all processes of a machine share.
+    """
+    turns = np.fromfile(file).reshape(-1, len(STEP_COLUMNS))
+    columns = dict(zip(STEP_COLUMNS, turns.T, strict=True))
+    ended = columns["end"]
+    parts: dict[str, Any] = {part: columns[part] for part in STEP_PARTS}
+    parts["wait"] = columns["turn"] - np.sum([parts[part] for part in STEP_PARTS if part != "hooks"], axis=0)
+    parts["period"] = np.diff(ended, prepend=ended[0])
+    decodes = columns["tokens"] == tokens
+    result: dict[str, Any] = {}
+    for when, since, until in (("before", first, begin), ("after", begin, end)):
+        chosen = decodes & (since < ended) & (ended < until)
+        result[when] = {part: round(1e3 * float(np.median(took[chosen])), 3) for part, took in parts.items()}
+    usual = result["after"]["period"] / 1e3
+    result["longer"] = [
+        {
+            "at": round(1e3 * (float(ended[i]) - begin), 1),
+            "tokens": int(columns["tokens"][i]),
+            **{part: round(1e3 * float(took[i]), 2) for part, took in parts.items()},
+        }
+        for i in np.flatnonzero((begin < ended) & (ended < end) & (parts["period"] > 1.25 * usual))
+    ]
+    return result
 
 
 async def batch(engine: Engine, name: str) -> dict[str, float]:
