@@ -113,7 +113,6 @@ def test_engines_killed_at_any_moment(tmp_path: Path) -> None:
     progress = Progress()
     found_in_all = 0
     for attempt in range(ENGINE_KILLS):
-        before = progress.done.copy()
         progress.io_pid[0] = 0
         # Forked: to start a Python takes longer than all the rest.
         process = multiprocessing.get_context("fork").Process(
@@ -140,7 +139,8 @@ def test_engines_killed_at_any_moment(tmp_path: Path) -> None:
             begun, done = int(progress.begun[slot]), int(progress.done[slot])
             if slot in found:
                 assert it.holds(slot, found[slot])
-                assert found[slot] in (begun, done, int(before[slot]))
+                # An engine whose I/O process was killed first may have begun others since, all in vain.
+                assert done <= found[slot] <= begun
             if begun == done and done:
                 assert found.get(slot) == done
             # What is on disk counts from here on, as for an engine that starts on it.
