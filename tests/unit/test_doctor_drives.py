@@ -1,6 +1,7 @@
 """What `kvbm doctor` says of the disk tier's directories."""
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,19 @@ def test_records_of_an_earlier_run_count_as_room(tmp_path: Path) -> None:
     records.write_bytes(bytes(64 * MB))
     _, after = drive.room_in(tmp_path / "cache")
     assert after == pytest.approx(before, abs=32 * MB)  # others use the drive too
+
+
+def test_records_of_another_number_of_ranks_do_not(tmp_path: Path) -> None:
+    """The next engine like the last one has no use for them."""
+    _, before = drive.room_in(tmp_path)
+    for name, written_at in (("rank-0", 1), ("rank-0-of-2", 3), ("rank-1-of-2", 3), ("rank-0-of-4", 2)):
+        rank = tmp_path / "kvbm-0" / name
+        rank.mkdir(parents=True)
+        (rank / "records-00.kvbm").write_bytes(bytes(64 * MB))
+        (rank / "index.kvbm").touch()
+        os.utime(rank / "index.kvbm", (written_at, written_at))
+    _, after = drive.room_in(tmp_path)
+    assert after == pytest.approx(before - 2 * 64 * MB, abs=32 * MB)
 
 
 def test_real_directory(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from kvbm.cli.checks.finding import Finding, State, read
 from kvbm.cli.output import size
 from kvbm.config import Config
+from kvbm.storage.containers import numbers_of_ranks, rank_folder
 
 _IN_MEMORY = ("tmpfs", "ramfs")
 _OVER_NETWORK = (
@@ -158,10 +159,21 @@ def room_in(folder: Path) -> tuple[int, int]:
     place = existing(folder)
     stat = os.statvfs(place)
     room = stat.f_bavail * stat.f_frsize
-    for file in folder.glob("kvbm-*/rank-*/records-*"):
-        with contextlib.suppress(OSError):
-            room += file.stat().st_blocks * 512
+    for rank in _last_ranks(folder):
+        for file in rank.glob("records-*"):
+            with contextlib.suppress(OSError):
+                room += file.stat().st_blocks * 512
     return place.stat().st_dev, room
+
+
+def _last_ranks(folder: Path) -> Iterator[Path]:
+    """Folders of the ranks that stored last: an engine with another number of them makes files of its own."""
+    for replica in folder.glob("kvbm-*"):
+        numbers = numbers_of_ranks(rank_folder(replica, 0, 1))
+        if numbers:
+            yield from (rank_folder(replica, rank, numbers[0]) for rank in range(numbers[0]))
+        else:
+            yield from replica.glob("rank-*")
 
 
 @contextlib.contextmanager
