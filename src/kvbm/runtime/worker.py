@@ -237,9 +237,13 @@ class Worker:
 
     def poll(self) -> list[Completion]:
         """Completions since the last call, each operation's final one exactly once."""
-        now = self._clock()
         if self._disk is not None:
             self._poll_disk(self._disk)
+        elif (
+            not self._tasks and not self._completions
+        ):  # as in most steps; without the lock, maybe a step late
+            return []
+        now = self._clock()
         over = [task for task in self._transfers if self._is_over(task)]
         if over:
             self._transfers = [task for task in self._transfers if task not in over]

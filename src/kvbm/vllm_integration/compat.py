@@ -1,6 +1,7 @@
 """All that differs between the vLLM versions we run on (0.26 to 0.33)."""
 
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -13,9 +14,14 @@ NULL_BLOCK = 0
 
 def transfer_results(finished_recving: set[str], failed_recving: set[str]) -> Any:
     """vLLM 0.30 and later: finished and failed receives in one snapshot, failures named by request."""
+    return _transfer_results()(finished_recving=finished_recving, failed_recving=failed_recving)
+
+
+@functools.cache  # asked in every step
+def _transfer_results() -> Any:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
-    return KVConnectorTransferResults(finished_recving=finished_recving, failed_recving=failed_recving)
+    return KVConnectorTransferResults
 
 
 def takes_back_requests() -> bool:

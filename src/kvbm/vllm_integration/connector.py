@@ -211,7 +211,7 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
 
     @_never_raises(lambda: None)
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        if self.worker_side is not None:
+        if self.worker_side is not None and self.worker_side.has_orders:
             self.worker_side.start_loads(by_layer=compat.calls_layer_hooks(forward_context))
 
     @_never_raises(lambda: None)

@@ -118,18 +118,24 @@ class WorkerSide:
         self.end_loads()
         self._orders = orders
         self._computes = orders.tokens > 0
+        self._timed = orders.timed and self._rank == 0
         if not self._computes and any(op.direction == Direction.OFFLOAD for op in orders.operations):
             time.sleep(_LET_TOKEN_GO_S)
         self._submit(Direction.OFFLOAD)
         if self._worker is not None:
-            self._worker.cancel(orders.cancel)  # may name what was ordered and given up in one step
+            if orders.cancel:  # may name what was ordered and given up in one step
+                self._worker.cancel(orders.cancel)
             if orders.forget or orders.forget_all:
                 self._worker.forget_on_disk(np.array(orders.forget, np.int32), orders.forget_all)
-        self._timed = orders.timed and self._rank == 0
+
+    @property
+    def has_orders(self) -> bool:
+        """Whether `start_loads` has anything to do."""
+        return bool(self._orders.operations)
 
     def start_loads(self, *, by_layer: bool = False) -> None:
         """by_layer: the forward pass that follows calls `before_layer`."""
-        if not self._orders.operations:
+        if not self.has_orders:
             return
         in_step = self._take(lambda operation: operation.in_step)
         if in_step:
@@ -147,7 +153,7 @@ class WorkerSide:
         """After the forward pass: whatever comes next may write to the blocks that it read."""
         for load in self._in_step:
             load.before_all()
-        self._in_step = []
+        self._in_step.clear()
 
     def _take(self, wanted: Callable[[Operation], bool]) -> list[Operation]:
         operations = self._orders.operations
