@@ -40,7 +40,7 @@ _STAGING_SHARE = 1024  # a thousandth of the device's memory is one half, of two
 _MAX_BLOCKS = 4096  # in one launch of a kernel
 _IN_STEP_GROUPS = 8  # of layers: a load inside a step signals each when it has arrived
 _CALIBRATED_COUNTS = (1, 8, 32, 256)
-# Copies in one order: each takes the engine's thread 0.5 to 1 µs, and it has waited for the device with 32,768.
+# Copies in one order: each takes the engine's thread 0.5 to 1 µs; with 32,768 it has waited for the device.
 _MOST_BY_DMA = 8192
 
 Indices = NDArray[np.integer]
