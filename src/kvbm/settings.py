@@ -215,7 +215,7 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True):
             "KVBM_TRANSFER_COPY_METHOD",
             "How a GPU's blocks are copied: by its copy engines piece by piece (dma), by a kernel over "
             "pinned memory (kernel), or packed in device memory and then copied (staged). auto: what is "
-            "fastest on this device, measured at the first start and kept in ~/.cache/kvbm.",
+            "best on this device, measured at the first start and kept in ~/.cache/kvbm.",
         ),
     ] = "auto"
     max_queued_blocks: Annotated[

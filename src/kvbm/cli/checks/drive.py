@@ -16,7 +16,6 @@ from pathlib import Path
 from kvbm.cli.checks.finding import Finding, State, read
 from kvbm.cli.output import size
 from kvbm.config import Config
-from kvbm.storage.containers import numbers_of_ranks, rank_folder
 
 _IN_MEMORY = ("tmpfs", "ramfs")
 _OVER_NETWORK = (
@@ -168,6 +167,8 @@ def room_in(folder: Path) -> tuple[int, int]:
 
 def _last_ranks(folder: Path) -> Iterator[Path]:
     """Folders of the ranks that stored last: an engine with another number of them makes files of its own."""
+    from kvbm.storage.containers import numbers_of_ranks, rank_folder  # slow: it imports numpy
+
     for replica in folder.glob("kvbm-*"):
         numbers = numbers_of_ranks(rank_folder(replica, 0, 1))
         if numbers:
