@@ -43,7 +43,7 @@ _HOOKS = (
     *("update_connector_output", "request_finished_all_groups", "has_pending_push_work"),
     *("handle_preemptions", "start_load_kv", "wait_for_layer_load", "save_kv_layer", "wait_for_save"),
     *("get_finished", "get_block_ids_with_load_errors", "build_connector_worker_meta"),
-    "get_kv_connector_stats",
+    *("get_transfer_results", "get_kv_connector_stats"),
 )
 _seconds: dict[str, float] = dict.fromkeys(STEP_PARTS, 0.0)  # of the turn under way
 _tokens = 0  # that it computes
@@ -101,7 +101,6 @@ class TimedConnector(DynamoConnector):
 
 if path := os.environ.get("STEP_TIMES"):
     for _name in _HOOKS:
-        setattr(TimedConnector, _name, getattr(DynamoConnector, _name))
         _time(TimedConnector, _name, "hooks")
     _time_steps(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND))
 

@@ -92,8 +92,10 @@ def test_the_fastest_for_each_direction_and_count() -> None:
 @pytest.mark.parametrize(
     ("method", "times_faster", "best"),
     [
+        (KERNEL, 1.0, [DMA, DMA]),
         (KERNEL, 1.4, [DMA, DMA]),
         (KERNEL, 1.6, [KERNEL, KERNEL]),
+        (KERNEL, 9.0, [KERNEL, KERNEL]),
         (STAGED, 1.2, [DMA, STAGED]),  # nobody waits for an offload
         (STAGED, 1.3, [STAGED, STAGED]),
     ],
@@ -104,8 +106,9 @@ def test_what_takes_part_of_the_device_has_to_be_faster(
     for others in ([DMA], [other for other in Method if other != method]):
         device = Device(lambda direction, which, *rest: 0.001 / (times_faster if which == method else 1))
         table = measure(device.copy, [method, *others], [4], clock=device.clock)
-        assert table is not None
-        assert [table.choose(direction, 4) for direction in DIRECTIONS] == best
+        assert table == MethodTable(
+            {direction: [(4, which)] for direction, which in zip(DIRECTIONS, best, strict=True)}
+        )
 
 
 def test_only_the_methods_asked_for() -> None:

@@ -365,7 +365,7 @@ class Leader:
         """Take in the ranks' reports on a step. Outcomes say which device blocks to hold and release."""
         reports = list(reports)
         if not reports:  # as in most steps
-            self._step_over_at = self._clock()
+            self._time_step(timed=False)
             return []
         with self.lock:
             return self._take_in(reports)

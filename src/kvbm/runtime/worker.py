@@ -239,9 +239,7 @@ class Worker:
         """Completions since the last call, each operation's final one exactly once."""
         if self._disk is not None:
             self._poll_disk(self._disk)
-        elif (
-            not self._tasks and not self._completions
-        ):  # as in most steps; without the lock, maybe a step late
+        elif self.idle:  # as in most steps
             return []
         now = self._clock()
         over = [task for task in self._transfers if self._is_over(task)]
