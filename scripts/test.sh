@@ -38,7 +38,7 @@ if grep -q ^cpu .venv/kvbm-engine.stamp; then
     trap 'kill "$sglang" 2>/dev/null || true' EXIT
 fi
 # Fast tests first: a mistake in the logic should not wait for an engine to start.
-python -m pytest tests/unit tests/property tests/storage tests/trtllm -m "not gpu and not engine"
+python -m pytest tests/unit tests/property tests/storage tests/trtllm tests/gpu -m "not gpu and not engine"
 python -m pytest -m "engine and not gpu"
 if [ -n "$sglang" ]; then
     wait "$sglang" || { cat .venv/sglang.log && exit 1; }

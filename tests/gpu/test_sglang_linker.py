@@ -2,7 +2,8 @@
 
 SGLang 0.5.23 can't be installed on the GPU machine at hand (it wants torch 2.14), so what calls the linker is
 not SGLang: these tests make its calls in its order, with a KV pool of its form, on a stream of their own.
-Where it is not installed, the few names that the linker imports from it are stand-ins.
+Where it is not installed, the few names that the linker imports from it are stand-ins. Where there is no GPU,
+as in CI, threads copy within the memory of the CPU.
 
 pytest -m gpu tests/gpu/test_sglang_linker.py
 """
@@ -10,16 +11,20 @@ pytest -m gpu tests/gpu/test_sglang_linker.py
 import contextlib
 import hashlib
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
+from kvbm.logic.operations import Operation
+from kvbm.transfer.copy import InStepLoad
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.timeout(120), *([pytest.mark.gpu] if DEVICE.type == "cuda" else [])]
+
 PAGE, PAGES, LAYERS, HEADS, DIM = 16, 256, 8, 4, 64
 DTYPES = [torch.bfloat16, torch.float16, torch.uint8]  # uint8: as SGLang stores fp8
 
@@ -197,6 +202,85 @@ def test_several_requests_in_a_batch(engine: Engine) -> None:
     want = contents.clone()
     want[:, :, 1:41] = garbage[:, :, 1:41]
     assert torch.equal(seen, want)
+
+
+class Arrived(InStepLoad):
+    """A load that is over, and who asked for its layers."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    @property
+    def is_over(self) -> bool:
+        return True
+
+    def before_layer(self, name: str) -> None:
+        self.asked.append(name)
+
+    def before_all(self) -> None: ...
+
+
+def test_a_batch_is_one_load(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or its first layers would wait for all layers of the requests before the last."""
+    pages, seeds = torch.arange(50), list(range(50))
+    engine.compute(pages, contents_of(engine, 50))
+    engine.offload(pages, seeds)
+    assert engine.offloads_end(1) == [True]
+    loads: list[tuple[Sequence[Operation], Arrived]] = []
+
+    def start_in_step(operations: Sequence[Operation]) -> list[InStepLoad]:
+        loads.append((operations, Arrived()))
+        return [loads[-1][1]]
+
+    worker = engine.linker._worker
+    monkeypatch.setattr(type(worker), "loads_in_step", True)
+    monkeypatch.setattr(worker, "start_in_step", start_in_step)
+    for rid, part in {"a": slice(0, 20), "b": slice(0, 50)}.items():
+        engine.load(rid, pages[part] + (100 if rid == "a" else 120), seeds[part])
+    index = engine.linker.start_layer_wise_loading()
+    engine.forward(index, pages)
+    assert engine.linker.finish_layer_wise_loading(index)
+    [([operation], load)] = loads
+    assert operation.device_blocks.tolist() == list(range(100, 170))
+    assert operation.host_slots[:20].tolist() == operation.host_slots[20:40].tolist()
+    assert len(set(operation.host_slots.tolist())) == 50
+    assert load.asked == [f"{layer}.{which}" for layer in range(LAYERS) for which in "kv"]
+    assert not engine.linker._store.pool.pins(operation.host_slots).any()
+
+
+def test_a_load_that_can_not_be_started(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang hears of it, and waits for nothing."""
+    pages, seeds = torch.arange(10), list(range(10))
+    engine.compute(pages, contents_of(engine, 10))
+    engine.offload(pages, seeds)
+    assert engine.offloads_end(1) == [True]
+    with monkeypatch.context() as patch:
+        for order in ("submit", "start_in_step"):
+            patch.setattr(engine.linker._worker, order, lambda _: 1 // 0)
+        engine.load("a", pages, seeds)
+        index = engine.linker.start_layer_wise_loading()
+        engine.forward(index, pages)
+        assert not engine.linker.finish_layer_wise_loading(index)
+    engine.load("b", pages, seeds)
+    index = engine.linker.start_layer_wise_loading()
+    engine.forward(index, pages)
+    assert engine.linker.finish_layer_wise_loading(index)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="no thread of ours copies")
+def test_a_copy_that_hangs_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(torch.bfloat16)
+    go, closed = threading.Event(), []
+    records = engine.linker._store.records
+    copies = records._engine
+    monkeypatch.setattr(copies, "offload", lambda *_: go.wait(60))
+    monkeypatch.setattr(copies, "close", lambda: closed.append(True))
+    engine.linker._timeout_s = 0.1
+    engine.offload(torch.arange(5), list(range(5)))
+    engine.linker.close()
+    assert records.arena.records().shape[0] == 2 * PAGES
+    assert not closed
+    go.set()
 
 
 def test_a_batch_without_loads(engine: Engine) -> None:

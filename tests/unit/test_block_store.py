@@ -11,6 +11,7 @@ import pytest
 from kvbm.config import load_config
 from kvbm.logic.hashing import Hashes
 from kvbm.runtime.block_store import BlockStore
+from kvbm.transfer.copy import CopyEngine
 
 SIZE = 4096
 
@@ -21,6 +22,19 @@ def names(first: int, count: int) -> Hashes:
 
 def pages(first: int, count: int) -> list[np.ndarray]:
     return [np.full(SIZE, i % 251, np.uint8) for i in range(first, first + count)]
+
+
+class IdleEngine(CopyEngine):
+    """Copies nothing; closed: how often."""
+
+    closed = 0
+
+    def offload(self, device_blocks: Any, host_slots: Any, after: object = None) -> None: ...
+
+    def onboard(self, device_blocks: Any, host_slots: Any, after: object = None) -> None: ...
+
+    def close(self) -> None:
+        self.closed += 1
 
 
 def make(folder: Path | None = None, **settings: Any) -> BlockStore:
@@ -74,6 +88,16 @@ def test_a_prefetch_brings_it_to_the_host_for_the_next(tmp_path: Path) -> None:
         time.sleep(0.01)
     assert len(slots) == 8
     store.close()
+
+
+@pytest.mark.parametrize("give_back", [True, False])
+def test_memory_that_a_copy_may_use_is_left(give_back: bool, tmp_path: Path) -> None:
+    engine = IdleEngine()
+    config = load_config(environ={}, host__num_blocks=16, disk__dir=str(tmp_path), disk__num_blocks=64)
+    store = BlockStore(config, SIZE, lambda _: engine, namespace=bytes(16))
+    store.close(give_back=give_back)
+    assert engine.closed == give_back
+    assert hasattr(store.records.arena, "slots") != give_back
 
 
 def test_a_damaged_block_is_a_miss_and_gone() -> None:

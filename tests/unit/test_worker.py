@@ -678,7 +678,7 @@ def test_deadlines_count_from_receipt() -> None:
 
 def test_close_stops_the_threads() -> None:
     with setup(threads=3) as s:
-        s.worker.close()
+        assert s.worker.close()
         assert not any(thread.is_alive() for thread in s.worker._threads)
 
 
@@ -689,7 +689,7 @@ def test_close_does_not_execute_what_is_queued_nor_wait_for_what_hangs() -> None
         s.submit(OFFLOAD, [1], [1])
         s.submit(ONBOARD, [2], [0])
         begun = time.monotonic()
-        s.worker.close()
+        assert not s.worker.close()
         assert time.monotonic() - begun < PATIENCE_S / 2
         assert all(thread.daemon for thread in s.worker._threads)
         gate.open()

@@ -240,13 +240,17 @@ class BlockStore:
         with self._lock:
             return self._disk is None or self._disk.flush(timeout_s)
 
-    def close(self) -> None:
-        """Finish writing and give the memory back. Nothing else may be called afterwards."""
+    def close(self, *, give_back: bool = True) -> None:
+        """Finish writing and give the memory back. Nothing else may be called afterwards.
+
+        give_back: False where a copy may still use the memory, which is better leaked.
+        """
         with self._lock:
             if self._disk is not None:
                 self._disk.close()
-        self.records.close()
-        self.records.arena.close()
+        if give_back:
+            self.records.close()
+            self.records.arena.close()
 
     # ---- inside ----
 

@@ -59,7 +59,8 @@ class StoreDisk:
         storage = start_storage(
             config, arena, num_slots=capacity, namespace=namespace, rank=rank, ranks=ranks, replica=replica
         )
-        self._worker = Worker(records, threads=0, disk=storage)
+        # Its copy engine is not this worker's to close.
+        self._worker = Worker(records.without_engine(), threads=0, disk=storage)
         self._wake = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="kvbm-disk", daemon=True)

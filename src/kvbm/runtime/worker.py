@@ -260,8 +260,11 @@ class Worker:
         with self._lock:
             return not self._tasks and not self._completions
 
-    def close(self) -> None:
-        """Stop the threads; what is still queued is not executed. May wait for what is under way."""
+    def close(self) -> bool:
+        """Stop the threads; what is still queued is not executed. Waits for what is under way, but not long.
+
+        False where that goes on: its memory is left as it is.
+        """
         self._closed = True
         if self._disk is not None:
             self._disk.close()
@@ -273,9 +276,10 @@ class Worker:
         end = time.monotonic() + 1.0
         while (busy := not all(map(self._is_over, self._transfers))) and time.monotonic() < end:
             time.sleep(0.001)
-        # Memory that a copy still uses is better leaked.
-        if not busy and not any(thread.is_alive() for thread in self._threads):
-            self._records.close()
+        if busy or any(thread.is_alive() for thread in self._threads):
+            return False
+        self._records.close()
+        return True
 
     # ---- copies by the device ----
 

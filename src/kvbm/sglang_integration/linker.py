@@ -90,12 +90,12 @@ class _Offload:
 
 
 class _Load:
-    """One batch's loads, of several requests."""
+    """Of a batch, for all its requests together: its first layers can run when their part has arrived."""
 
     def __init__(self, slots: list[Slots]) -> None:
-        self.slots = slots  # pinned
-        self.copies: list[InStepLoad] = []  # that the device orders before the layers
-        self.waited_for: set[int] = set()  # operations that threads of ours carry out
+        self.slots = slots  # of each request, pinned: requests may share some
+        self.copy: InStepLoad | None = None  # that the device orders before the layers
+        self.waited_for = False  # threads of ours carry it out
         self.failed = False
 
 
@@ -239,27 +239,25 @@ class KvbmLinker(UnifiedCacheLinker):
         queued, self._queued = self._queued, {}
         if not queued:
             return -1
+        slots, pages = zip(*queued.values(), strict=True)
         index = next(self._ids)
-        load = self._loads[index] = _Load([slots for slots, _ in queued.values()])
-        operations = [
-            Operation(
-                next(self._ids),
-                Direction.ONBOARD,
-                rid,
-                pages.astype(np.int32),
-                slots.astype(np.int32),
-                self._timeout_s,
-            )
-            for rid, (slots, pages) in queued.items()
-        ]
+        load = self._loads[index] = _Load(list(slots))
+        operation = Operation(
+            index,
+            Direction.ONBOARD,
+            "",
+            np.concatenate(pages).astype(np.int32),
+            np.concatenate(slots).astype(np.int32),
+            self._timeout_s,
+        )
         try:
             with self._behind_forward():
                 if self._worker.loads_in_step:
-                    load.copies = self._worker.start_in_step(operations)
+                    [load.copy] = self._worker.start_in_step([operation])
                 else:
-                    load.waited_for = {operation.id for operation in operations}
-                    self._by_operation.update(dict.fromkeys(load.waited_for, load))
-                    self._worker.submit(operations)
+                    self._worker.submit([operation])
+                    self._by_operation[index] = load
+                    load.waited_for = True
         except Exception:  # LostLoadError, too: SGLang aborts these requests after the forward pass
             logger.exception("KVBM: a load could not be started")
             load.failed = True
@@ -269,7 +267,7 @@ class KvbmLinker(UnifiedCacheLinker):
         load = self._loads.pop(counter_index, None)
         if load is None:
             return counter_index < 0
-        while load.waited_for or not all(copy.is_over for copy in load.copies):
+        while load.waited_for or not (load.copy is None or load.copy.is_over):
             self._poll()
             time.sleep(_WAIT_S)
         for slots in load.slots:
@@ -282,9 +280,9 @@ class KvbmLinker(UnifiedCacheLinker):
         if load is None:
             return
         try:
-            for copy in load.copies:
+            if load.copy is not None:
                 for name in self._names[layer]:
-                    copy.before_layer(name)
+                    load.copy.before_layer(name)
             while load.waited_for and not load.failed:
                 self._poll()
                 time.sleep(_WAIT_S)
@@ -371,8 +369,7 @@ class KvbmLinker(UnifiedCacheLinker):
         self._refused = True
         if self._end_events is not None:
             self._end_events()
-        self._worker.close()
-        self._store.close()
+        self._store.close(give_back=self._worker.close())
 
     # ---- inside ----
 
@@ -385,7 +382,7 @@ class KvbmLinker(UnifiedCacheLinker):
             if isinstance(owner, _Load):
                 owner.failed |= failed
                 if completion.quiesced:
-                    owner.waited_for.discard(completion.operation_id)
+                    owner.waited_for = False
             elif owner is not None:
                 self._end_offload(owner, failed, completion.quiesced)
 

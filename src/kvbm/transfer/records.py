@@ -32,6 +32,10 @@ class HostRecords:
         engine = self._engine
         return engine if engine is not None and engine.copies_by_itself and self._checksums is None else None
 
+    def without_engine(self) -> "HostRecords":
+        """The same records, for one who copies none of them from or to a device."""
+        return HostRecords(self.arena, checksum=self._checksums is not None)
+
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
