@@ -1,5 +1,7 @@
 """Whether blocks are had sooner from a tier than by computing them again."""
 
+from collections import deque
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -103,3 +105,26 @@ class LoadEstimate:
     def _with_reads(lengths: NDArray[np.int64], reads: NDArray[np.int64], most: int) -> int:
         """The longest length that needs at most so many reads."""
         return int(lengths[reads <= most].max(initial=0))
+
+
+class StepTimes:
+    """How long the model takes for steps: they may be planned ahead, but it computes one after the other."""
+
+    def __init__(self, estimate: LoadEstimate) -> None:
+        self._estimate = estimate
+        self._under_way: deque[tuple[float, int]] = deque(maxlen=64)  # planned when, tokens
+        self._over_at = 0.0  # the last of all
+
+    def planned(self, tokens: int, now: float) -> bool:
+        """A step of so many tokens is given to the ranks; whether they shall say when it is over."""
+        timed = tokens >= LoadEstimate.MIN_TOKENS
+        if timed:
+            self._under_way.append((now, tokens))
+        return timed
+
+    def over(self, timed: bool, now: float) -> None:
+        """A step is over; timed: the ranks have said so of the oldest one that they should."""
+        if timed and self._under_way:
+            planned, tokens = self._under_way.popleft()
+            self._estimate.computed(tokens, now - max(planned, self._over_at))
+        self._over_at = now

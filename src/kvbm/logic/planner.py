@@ -16,7 +16,6 @@ Events in (requests, completions, time), operations out. Not thread-safe.
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from kvbm.logic.followed import NO_BLOCK, Followed, Passing, Segment
 from kvbm.logic.groups import KvGroups, Mask
 from kvbm.logic.hashing import Hashes, SequenceHasher
 from kvbm.logic.history import Fate
-from kvbm.logic.in_flight import InFlight
+from kvbm.logic.in_flight import DeviceCopy
 from kvbm.logic.index import Slots
 from kvbm.logic.operations import BlockIds, Completion, Direction, Failure, Operation
 from kvbm.logic.outcome import Loaded, Outcome, Stats
@@ -36,27 +35,6 @@ MAX_FAILURES = 3
 # Reading a member of an IntEnum costs a microsecond in Python 3.11.
 _OFFLOAD = Direction.OFFLOAD
 _COMPLETE, _REGISTERED = np.uint8(BlockState.COMPLETE), np.uint8(BlockState.REGISTERED)
-
-
-@dataclass(slots=True, kw_only=True)
-class _InFlight(InFlight):
-    members: list[tuple[Followed, BlockIds]]  # whose blocks these are, with their device blocks
-    held: list[BlockIds] = field(default_factory=list)  # device blocks kept from reuse until it settles
-    prefix: int = 0  # blocks of the sequence that a load covers
-
-    @property
-    def is_offload(self) -> bool:
-        return self.operation.direction == _OFFLOAD
-
-    @property
-    def targets(self) -> BlockIds:
-        """Device blocks that a load writes to."""
-        blocks = self.operation.device_blocks
-        return blocks[blocks != NO_BLOCK]
-
-    @property
-    def failed_slots(self) -> Slots:
-        return self.slots[self.failed & (self.slots >= 0)]
 
 
 class Planner:
@@ -91,7 +69,7 @@ class Planner:
         self._seen = seen or (lambda slots: None)
         self._missed = missed or (lambda hashes, fate: None)
         self._requests: dict[str, Followed] = {}
-        self._in_flight: dict[int, _InFlight] = {}  # oldest first
+        self._in_flight: dict[int, DeviceCopy] = {}  # oldest first
         self._queued_blocks = 0
 
     # ---- requests ----
@@ -422,7 +400,7 @@ class Planner:
             in_step,
         )
         # Workers count their deadline from receipt; the leader waits twice as long for their word.
-        self._in_flight[operation.id] = _InFlight(
+        self._in_flight[operation.id] = DeviceCopy(
             operation=operation,
             slots=slots,
             members=members,
@@ -437,12 +415,12 @@ class Planner:
             self._queued_blocks += len(slots)
         return operation
 
-    def _expire(self, in_flight: _InFlight) -> None:
+    def _expire(self, in_flight: DeviceCopy) -> None:
         """Nobody may use the failed blocks from now on; the operation stays, and keeps its pins."""
         in_flight.expired = True
         self.drop(in_flight.failed_slots)
 
-    def _settle(self, in_flight: _InFlight, now: float) -> Loaded | None:
+    def _settle(self, in_flight: DeviceCopy, now: float) -> Loaded | None:
         operation, slots = in_flight.operation, in_flight.slots
         loaded = None
         del self._in_flight[operation.id]
@@ -485,7 +463,7 @@ class Planner:
             self._let_go(request)
         return loaded
 
-    def _usable(self, in_flight: _InFlight, failed: int) -> int:
+    def _usable(self, in_flight: DeviceCopy, failed: int) -> int:
         """Of the blocks of the sequence that a load covers, those that the engine goes on from."""
         if not failed:
             return in_flight.prefix

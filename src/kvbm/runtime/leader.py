@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, TypeVar
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from kvbm.config import Config
 from kvbm.logic.disk import DiskTier
-from kvbm.logic.estimate import LoadEstimate
+from kvbm.logic.estimate import LoadEstimate, StepTimes
 from kvbm.logic.followed import NO_BLOCK, Passing
 from kvbm.logic.groups import KvGroups
 from kvbm.logic.hashing import Hashes, SequenceHasher, epoch_namespace, page_hasher, root_hash, salt_tag
@@ -33,6 +33,7 @@ from kvbm.logic.policies import load_policy
 from kvbm.logic.pool import BlockEvent, BlockPool, EventKind, subscribe_to_all
 from kvbm.observe.requests import FirstMiss, Identity, Miss
 from kvbm.runtime.disk import make_disk_tier
+from kvbm.runtime.guard import off_on_error
 from kvbm.runtime.messages import StepOrders, WorkerReport
 from kvbm.runtime.observer import Observer, first_miss
 from kvbm.runtime.upkeep import Upkeep
@@ -40,33 +41,6 @@ from kvbm.runtime.upkeep import Upkeep
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-
-
-def _off_on_error(
-    default: Callable[[], Any],
-) -> Callable[[Callable[Concatenate["Leader", ...], _T]], Callable[Concatenate["Leader", ...], _T]]:
-    """No exception reaches the engine: the call answers `default()` and caching is turned off."""
-
-    def decorate(
-        method: Callable[Concatenate["Leader", ...], _T],
-    ) -> Callable[Concatenate["Leader", ...], _T]:
-        @functools.wraps(method)
-        def guarded(self: "Leader", *args: Any, **kwargs: Any) -> _T:
-            with self.lock:
-                if self.off_reason is not None:
-                    return default()
-                try:
-                    return method(self, *args, **kwargs)
-                except Exception:
-                    logger.exception(
-                        "KVBM: internal error in %s; caching is off from here on", method.__name__
-                    )
-                    self.off_reason = f"internal error in {method.__name__}"
-                    return default()
-
-        return guarded
-
-    return decorate
 
 
 class Leader:
@@ -127,8 +101,7 @@ class Leader:
             missed=functools.partial(self._not_taken, "host"),
         )
         self._estimate = LoadEstimate(block_size)
-        self._timed_steps: deque[tuple[float, int]] = deque(maxlen=64)  # under way: planned when, tokens
-        self._step_over_at = 0.0
+        self._steps = StepTimes(self._estimate)
         self._disk: DiskTier | None = None
         if disk_slots:
             self._disk = make_disk_tier(
@@ -194,7 +167,7 @@ class Leader:
 
     # ---- requests ----
 
-    @_off_on_error(lambda: None)
+    @off_on_error(lambda: None)
     def start(
         self,
         request_id: str,
@@ -246,18 +219,18 @@ class Leader:
             )
         self._tell(Observer.answered, request_id, first, wanted, miss, self._clock())
 
-    @_off_on_error(lambda: None)
+    @off_on_error(lambda: None)
     def _first_miss(self, request_id: str, block: int) -> FirstMiss | None:
         if not self.ready:
             return FirstMiss(block, reason=Miss.NOT_READY, detail="the host tier's memory was not ready yet")
         return first_miss(request_id, block, self._planner, self._disk)
 
-    @_off_on_error(lambda: None)
+    @off_on_error(lambda: None)
     def hasher(self, request_id: str) -> SequenceHasher | None:
         """The request's hash chain, for the caller to extend; None if the request is not followed."""
         return self._planner.hasher(request_id)
 
-    @_off_on_error(lambda: 0)
+    @off_on_error(lambda: 0)
     def match(self, request_id: str, first: int, limit: int = sys.maxsize) -> int | None:
         """Number of blocks from block `first` on, at most `limit`, that can be loaded. Cheap.
 
@@ -297,18 +270,18 @@ class Leader:
                 )
             self._orders.operations.append(operation)
 
-    @_off_on_error(lambda: None)
+    @off_on_error(lambda: None)
     def set_table(self, request_id: str, *tables: Sequence[int]) -> None:
         """The request got these device blocks, and runs without what is not loaded now."""
         self._planner.set_table(request_id, *tables)
         if self._disk is not None:
             self._disk.release(request_id)
 
-    @_off_on_error(lambda: None)
+    @off_on_error(lambda: None)
     def extend_table(self, request_id: str, *tables: Sequence[int]) -> None:
         self._planner.extend_table(request_id, *tables)
 
-    @_off_on_error(Outcome)
+    @off_on_error(Outcome)
     def store(
         self, computed: Iterable[tuple[str, int]], passing: Mapping[str, Passing] | None = None
     ) -> Outcome:
@@ -319,12 +292,12 @@ class Leader:
         self._orders.operations += operations
         return outcome
 
-    @_off_on_error(lambda: None)
+    @off_on_error(lambda: None)
     def preempt(self, request_id: str) -> None:
         """The request's device blocks are given to others in this step."""
         self._orders.cancel += self._planner.preempt(request_id)
 
-    @_off_on_error(Outcome)
+    @off_on_error(Outcome)
     def finish(self, request_id: str, blocks: int, *tables: Sequence[int]) -> Outcome:
         """The request has ended; its first `blocks` blocks are computed and lie where `tables` say."""
         operations, outcome = self._planner.finish(
@@ -339,7 +312,7 @@ class Leader:
         """For observers: the request is over, after `finish`, or without it where it was not followed."""
         self._tell(Observer.finished, request_id, hasher.hashes if hasher else None, output_tokens)
 
-    @_off_on_error(Outcome)
+    @off_on_error(Outcome)
     def abandon(self) -> Outcome:
         """Release the device blocks of finished requests now, at the cost of the offloads that read them."""
         cancelled, outcome = self._planner.abandon()
@@ -353,9 +326,8 @@ class Leader:
         with self.lock:
             orders, self._orders = self._orders, StepOrders()
             orders.tokens = tokens
-            if tokens >= LoadEstimate.MIN_TOKENS and (self._disk is not None or self._observer is not None):
-                orders.timed = True
-                self._timed_steps.append((self._clock(), tokens))
+            if self._disk is not None or self._observer is not None:
+                orders.timed = self._steps.planned(tokens, self._clock())
             if self._disk is not None and self.off_reason is None:
                 operations, orders.forget = self._disk.take_orders()
                 orders.operations += operations
@@ -365,13 +337,13 @@ class Leader:
         """Take in the ranks' reports on a step. Outcomes say which device blocks to hold and release."""
         reports = list(reports)
         if not reports:  # as in most steps
-            self._time_step(timed=False)
+            self._steps.over(timed=False, now=self._clock())
             return []
         with self.lock:
             return self._take_in(reports)
 
     def _take_in(self, reports: list[WorkerReport]) -> list[Outcome]:
-        self._time_step(any(report.timed for report in reports))
+        self._steps.over(any(report.timed for report in reports), self._clock())
         if self.off_reason is None:
             return [outcome for report in reports for outcome in self._receive(report)]
         # Nobody waits for completions any more, but a load that hangs may still write to its blocks: these
@@ -379,14 +351,6 @@ class Leader:
         hung = [done.operation_id for report in reports for done in report.completions if not done.quiesced]
         targets = [self._planner.load_target(id_) for id_ in hung]
         return [Outcome(hold=[blocks]) for blocks in targets if blocks is not None]
-
-    def _time_step(self, timed: bool) -> None:
-        now = self._clock()
-        if timed and self._timed_steps:
-            started, tokens = self._timed_steps.popleft()
-            # Steps may be planned ahead, but the model computes one after the other.
-            self._estimate.computed(tokens, now - max(started, self._step_over_at))
-        self._step_over_at = now
 
     def tick(self) -> None:
         """Let deadlines pass. Once a step."""
@@ -413,7 +377,7 @@ class Leader:
         hasher.extend(tokens)
         return hasher.hashes
 
-    @_off_on_error(lambda: None)
+    @off_on_error(lambda: None)
     def administer(self, action: Callable[[Upkeep, float], _T]) -> _T | None:
         """`action` with the time, between two calls of the engine; None if caching is off."""
         self.administered = True
@@ -423,7 +387,7 @@ class Leader:
             self.administered = False
             self._orders.forget_all |= self.upkeep.take_forget_all()
 
-    @_off_on_error(lambda: None)
+    @off_on_error(lambda: None)
     def new_weights(self, version: str | None) -> str:
         """The model's weights have changed: blocks of the old ones are never used for the new ones.
 
@@ -442,7 +406,7 @@ class Leader:
 
     # ---- guarded insides ----
 
-    @_off_on_error(lambda: None)
+    @off_on_error(lambda: None)
     def _load(
         self, request_id: str, first: int, count: int, tables: Sequence[Sequence[int]], in_step: bool
     ) -> Operation | None:
@@ -457,7 +421,7 @@ class Leader:
             self._tell(Observer.load_ordered, operation.id, request_id, first, from_disk)
         return operation
 
-    @_off_on_error(list)
+    @off_on_error(list)
     def _receive(self, report: WorkerReport) -> list[Outcome]:
         if report.refused is not None:
             self.off_reason = report.refused
@@ -501,7 +465,7 @@ class Leader:
         elif not before:
             logger.info("KVBM: host tier in use while its memory is pinned: %d of %d blocks", usable, total)
 
-    @_off_on_error(lambda: None)
+    @off_on_error(lambda: None)
     def _tick(self) -> None:
         now = self._clock()
         self._planner.expire(now)
@@ -527,11 +491,11 @@ class Leader:
                 "KVBM: caching is off: %s. Raise DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS?", self.off_reason
             )
 
-    @_off_on_error(lambda: False)
+    @off_on_error(lambda: False)
     def _has_work(self) -> bool:
         return self._planner.has_work or (self._disk is not None and self._disk.has_work)
 
-    @_off_on_error(lambda: False)
+    @off_on_error(lambda: False)
     def _reset(self) -> bool:
         self._begin_epoch(None)
         self.upkeep.clear(None, None)
