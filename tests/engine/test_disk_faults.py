@@ -92,7 +92,9 @@ def test_truncated_containers(engine: Engine, folder: Path, expect_keen: Expect,
     got = engine.call(disk.from_disk, asks)
     assert got.tokens == want()
     assert (got.read, got.cached) == (0, [0, 0, 0])
-    assert got.disk_after.failures["READ", "ERROR"] == 3 + 5 + 8
+    failures = {why: count for (what, why), count in got.disk_after.failures.items() if what == "READ"}
+    assert failures["ERROR"] > 0  # some may be given up before, where the machine is busy with other things
+    assert sum(failures.values()) == 3 + 5 + 8
     assert got.at_rest
     # What was lost is written anew, where it was.
     engine.call(disk.store, asks)
