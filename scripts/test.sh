@@ -13,15 +13,22 @@ python -m pip install -q --disable-pip-version-check -c .venv/constraints.txt -e
 # A backend of the disk tier. Without its dependencies: it would bring CUDA's torch, which it does not use.
 python -m pip install -q --disable-pip-version-check --no-deps nixl-cu12==1.5.1
 python scripts/prepare_model.py
-# A browser for the page's tests, which are skipped where none can be had.
-if ! command -v chromium-headless-shell chromium chromium-browser google-chrome >/dev/null &&
-    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    echo "test: installing a headless Chromium, some 100 MB to download"
-    export DEBIAN_FRONTEND=noninteractive
+# A browser for the page's tests and Prometheus for the dashboard's, which are skipped where they can't be had.
+# Prometheus is only unpacked: Debian's package would start a server.
+PATH=$PATH:$ROOT/.venv/prometheus/usr/bin
+has_browser() { command -v chromium-headless-shell chromium chromium-browser google-chrome >/dev/null; }
+has_prometheus() { command -v promtool >/dev/null; }
+if command -v apt-get >/dev/null && ! { has_browser && has_prometheus; }; then
+    echo "test: installing a headless Chromium (as root) and unpacking Prometheus, some 120 MB to download"
     {
-        timeout 120 apt-get update -q &&
-            timeout 600 apt-get install -yq --no-install-recommends chromium-headless-shell fonts-dejavu-core
-    } >.venv/chromium.log 2>&1 || echo "test: it can't be had, see .venv/chromium.log"
+        if [ "$(id -u)" = 0 ]; then
+            timeout 120 apt-get update -q
+            has_browser || DEBIAN_FRONTEND=noninteractive timeout 600 apt-get install -yq \
+                --no-install-recommends chromium-headless-shell fonts-dejavu-core
+        fi
+        has_prometheus || (cd .venv && timeout 120 apt-get download prometheus && dpkg -x prometheus_*.deb prometheus)
+    } >.venv/apt.log 2>&1 || true
+    { has_browser && has_prometheus; } || echo "test: not all can be had, see .venv/apt.log"
 fi
 
 ruff check .
