@@ -11,6 +11,7 @@ of each way: the median step in ms, where it went (`vllm_gpu.py` says what the p
 
 import argparse
 import asyncio
+import functools
 import json
 import mmap
 import os
@@ -93,8 +94,12 @@ def switched() -> "type[Any]":
     return TimedConnector
 
 
-if "LOAD_WAY" in os.environ:
-    LoadsConnector = switched()
+@functools.cache
+def __getattr__(name: str) -> Any:
+    """vLLM asks this module for its connector, in each of its processes."""
+    if name == "LoadsConnector":
+        return switched()
+    raise AttributeError(name)
 
 
 class Clocks:
