@@ -234,6 +234,23 @@ def test_pins_are_counted() -> None:
     assert len(pool.match(names(0))) == 0
 
 
+def test_repeats_count_also_when_pins_are_undone() -> None:
+    """As of requests that share a prefix and are released together."""
+    pool = BlockPool(4, Lru)
+    slots = stored(pool, names(0, 1, 2, 3))
+    together = np.concatenate([slots, slots[:2]])
+    pool.pin(together)
+    pool.release(together)
+    assert pool.pins(slots).tolist() == [0] * 4
+    # Each can be evicted once, the tail first.
+    assert [stored(pool, names(4 + i)).tolist() for i in range(3)] == slots[:0:-1].reshape(-1, 1).tolist()
+    assert len(pool.match(names(0))) == 1
+    twice, _ = pool.claim(names(8, 8), 1)  # of a caller who names a block twice
+    pool.release(twice)  # unwritten, so it is free: once
+    assert pool.pins(twice).tolist() == [0, 0]
+    assert sorted(pool.allocate(8).tolist()) == slots.tolist()
+
+
 def test_withdrawn_while_pinned_is_quarantined() -> None:
     pool = BlockPool(3, Lru)
     slots, _ = pool.claim(names(0, 1), 3)

@@ -258,8 +258,12 @@ class BlockPool:
         tell(slots[self._states[slots] == _REGISTERED])
 
     def release(self, slots: Slots) -> None:
-        """Undo one pin of each of distinct slots, given in the order of their sequence, head first."""
-        self._pins[slots] -= 1
+        """Undo a pin of each (repeats count). Slots in the order of their sequence, head first."""
+        if _distinct(slots):
+            self._pins[slots] -= 1
+        else:
+            np.subtract.at(self._pins, slots, 1)
+            slots = slots[np.sort(np.unique(slots, return_index=True)[1])]
         idle = slots[self._pins[slots] == 0]
         states = self._states[idle]
         # Tail first: it is evicted before the head, without which it would be worth nothing.

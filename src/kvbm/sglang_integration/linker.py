@@ -92,8 +92,8 @@ class _Offload:
 class _Load:
     """Of a batch, for all its requests together: its first layers can run when their part has arrived."""
 
-    def __init__(self, slots: list[Slots]) -> None:
-        self.slots = slots  # of each request, pinned: requests may share some
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots  # pinned; requests may share some
         self.copy: InStepLoad | None = None  # that the device orders before the layers
         self.waited_for = False  # threads of ours carry it out
         self.failed = False
@@ -239,15 +239,15 @@ class KvbmLinker(UnifiedCacheLinker):
         queued, self._queued = self._queued, {}
         if not queued:
             return -1
-        slots, pages = zip(*queued.values(), strict=True)
+        slots, pages = (np.concatenate(parts) for parts in zip(*queued.values(), strict=True))
         index = next(self._ids)
-        load = self._loads[index] = _Load(list(slots))
+        load = self._loads[index] = _Load(slots)
         operation = Operation(
             index,
             Direction.ONBOARD,
             "",
-            np.concatenate(pages).astype(np.int32),
-            np.concatenate(slots).astype(np.int32),
+            pages.astype(np.int32),
+            slots.astype(np.int32),
             self._timeout_s,
         )
         try:
@@ -270,8 +270,7 @@ class KvbmLinker(UnifiedCacheLinker):
         while load.waited_for or not (load.copy is None or load.copy.is_over):
             self._poll()
             time.sleep(_WAIT_S)
-        for slots in load.slots:
-            (self._store.release if load.failed else self._store.loaded)(slots)
+        (self._store.release if load.failed else self._store.loaded)(load.slots)
         return not load.failed
 
     def _before_layer(self, index: int, layer: int) -> None:
