@@ -60,6 +60,7 @@ class LazyCopyEngine(CpuCopyEngine):
         self, device_blocks: NDArray[np.integer], host_slots: NDArray[np.integer]
     ) -> InStepLoad:
         self.seen["in step"] += 1
+        self.seen["early"] += not _in_forward_pass()
         self.seen["blocks in step"] += len(host_slots)
         if "start" in self.raises_at:
             self.fill(device_blocks)
@@ -123,11 +124,26 @@ class LazyLoad(InStepLoad):
         return not self._engine.never_over and self._missing <= {skipped}
 
 
+def _in_forward_pass() -> bool:
+    from vllm.forward_context import is_forward_context_available
+
+    return is_forward_context_available()
+
+
 def use_lazy_loads() -> None:
     from kvbm.runtime import rank
 
     module: Any = rank
     module.CpuCopyEngine = LazyCopyEngine
+
+
+def use_lazy_loads_as_of_many_ranks() -> None:
+    """The scheduler's process has no rank: no load is started before its step."""
+    from kvbm.vllm_integration import compat
+
+    use_lazy_loads()
+    module: Any = compat
+    module.connector_of_worker = lambda: None
 
 
 # ---- scenarios; the first argument is the `vllm.LLM`

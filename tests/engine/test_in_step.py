@@ -17,15 +17,19 @@ from tests.engine.scenarios import Ask, Ran
 LAYERS = 30
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["sync", "async"])
+@pytest.fixture(scope="module", params=["sync", "async", "async, many ranks"])
 def started(request: pytest.FixtureRequest, model: Path, baseline: Engine) -> Iterator[Engine]:
-    """async: vLLM's scheduler on GPUs, which plans a step before the one before it has ended."""
+    """async: vLLM's scheduler on GPUs, which plans a step before the one before it has ended.
+
+    many ranks: their loads start in the step, others while it is planned.
+    """
+    many = request.param.endswith("ranks")
     with Engine(
         model,
         kvbm={},
         env={"DYN_KVBM_CPU_CACHE_GB": "1", "KVBM_HOST_CHECKSUM": "0"},
-        prepare=lazy_loads.use_lazy_loads,
-        async_scheduler=request.param,
+        prepare=lazy_loads.use_lazy_loads_as_of_many_ranks if many else lazy_loads.use_lazy_loads,
+        async_scheduler=request.param != "sync",
         max_num_batched_tokens=128,
     ) as engine:
         engine.wait_ready()
@@ -49,7 +53,9 @@ def at_rest(ran: Ran) -> bool:
     return (free, seen.pins, seen.followed, seen.has_work, seen.off_reason) == (0, 0, 0, False, None)
 
 
-def test_one_request_after_the_other(engine: Engine, expect: Expect, prompts: Prompts) -> None:
+def test_one_request_after_the_other(
+    engine: Engine, expect: Expect, prompts: Prompts, request: pytest.FixtureRequest
+) -> None:
     asks = [Ask(prompt) for prompt in prompts.batch(600, [70, 130, 333])]
     want = expect(asks)
     cold = engine.call(scenarios.run, asks)
@@ -63,6 +69,7 @@ def test_one_request_after_the_other(engine: Engine, expect: Expect, prompts: Pr
     assert all(map(at_rest, ran))
     seen = engine.call(lazy_loads.watched)
     assert (seen["in step"], seen["waiting"], seen["blocks in step"]) == (3, 0, 16)
+    assert seen["early"] == (0 if "many ranks" in request.node.name else 3)
     # Every layer arrived when it was announced, none later.
     assert (seen["layers on time"], seen["layers at the end"]) == (3 * LAYERS, 0)
     assert seen["calls for all"] == 3

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,14 +26,17 @@ SHAPE = (BLOCKS, 16)  # of a layer's tensor, in bytes
 ANNOUNCED = SimpleNamespace(
     kv_cache_groups=[
         SimpleNamespace(layer_names=NAMES, kv_cache_spec=SimpleNamespace(dtype=torch.uint8)),
-    ]
+    ],
+    needs_kv_cache_zeroing=False,
 )
 
 
 class Model:
     """A worker's half over three layers; blocks 1 and 2 are in the host tier, in slots 5 and 3."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, checksum: bool = False) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, checksum: bool = False, announced: object = ANNOUNCED
+    ) -> None:
         monkeypatch.setattr(rank, "CpuCopyEngine", LazyCopyEngine)
         shape = Geometry(4, len(NAMES) * SHAPE[1], BLOCKS, 1)
         monkeypatch.setattr(worker_module, "geometry", lambda *_: shape)
@@ -41,7 +45,7 @@ class Model:
             for i, name in enumerate(NAMES)
         }
         config = load_config(environ={}, host__num_blocks=SLOTS, host__checksum=checksum)
-        self.side = WorkerSide(SimpleNamespace(parallel_config=SimpleNamespace(rank=0)), ANNOUNCED, config)
+        self.side = WorkerSide(SimpleNamespace(parallel_config=SimpleNamespace(rank=0)), announced, config)
         self.side.register(self.caches)
         assert self.side._worker is not None
         self.engine: Any = self.side._worker._records._engine
@@ -111,6 +115,97 @@ def test_layers_that_nobody_asked_for_are_there_after_the_step(model: Model) -> 
     model.side.before_layer("layer1")
     model.end()
     assert model.arrived(4, 6) == [True, True, True]
+
+
+# ---- loads that are started while the step is planned
+
+
+def test_started_early(model: Model) -> None:
+    """It goes on while vLLM prepares the step, and is not started again by it."""
+    model.begin()
+    model.end()
+    model.side.start_early(load())
+    assert model.engine.seen["in step"] == 1
+    model.begin(load())
+    model.side.start_loads(by_layer=True)
+    assert model.arrived(4, 6) == [False, False, False]
+    model.side.before_layer("layer0")
+    assert model.arrived(4, 6) == [True, False, False]
+    model.end()
+    assert model.arrived(4, 6) == [True, True, True]
+    assert completions(model) == [(7, 0, Failure.NONE)]
+    assert model.engine.seen["in step"] == 1
+
+
+def test_started_early_and_read_as_a_whole(model: Model) -> None:
+    model.begin()
+    model.side.start_early(load())
+    model.begin(load())
+    model.side.start_loads(by_layer=False)
+    assert model.arrived(4, 6) == [True, True, True]
+    model.end()
+
+
+def test_started_early_for_a_step_that_never_came(model: Model) -> None:
+    """The next one writes to no block behind its back."""
+    model.begin()
+    model.side.start_early(load())
+    model.begin()
+    assert model.arrived(4, 6) == [True, True, True]
+    model.end()
+    assert completions(model) == [(7, 0, Failure.NONE)]
+
+
+def before_the_first_step(model: Model) -> None:
+    model.side._caller = None
+
+
+def on_another_stream(model: Model) -> None:
+    model.engine.caller = lambda: "another"
+
+
+def where_it_can_not_be_started(model: Model) -> None:
+    model.engine.start_in_step = model.engine.onboard = lambda *_: 1 // 0
+
+
+@pytest.mark.parametrize("where", [before_the_first_step, on_another_stream, where_it_can_not_be_started])
+def test_not_started_early(model: Model, where: Callable[[Model], None]) -> None:
+    """The step starts it, as it does without."""
+    model.begin()
+    where(model)
+    model.side.start_early(load())
+    assert model.engine.seen["in step"] == 0
+    for name in ("caller", "start_in_step", "onboard"):
+        vars(model.engine).pop(name, None)
+    model.begin(load())
+    model.side.start_loads(by_layer=False)
+    assert model.engine.seen["in step"] == 1
+    assert model.arrived(4, 6) == [True, True, True]
+    model.end()
+
+
+@pytest.mark.parametrize("announced", [{"needs_kv_cache_zeroing": True}, {}])
+def test_blocks_that_vllm_may_zero_are_not_loaded_early(
+    announced: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does so when it prepares the step. Nor where it does not say."""
+    groups = SimpleNamespace(kv_cache_groups=ANNOUNCED.kv_cache_groups, **announced)
+    model = Model(monkeypatch, announced=groups)
+    model.begin()
+    model.side.start_early(load())
+    assert model.engine.seen["in step"] == 0
+
+
+def test_a_block_that_is_missing_stops_the_engine_in_the_step(model: Model) -> None:
+    """Not while vLLM plans."""
+    model.begin()
+    model.side.start_early(load((5, -1)))
+    model.begin(load((5, -1)))
+    with pytest.raises(LostLoadError):
+        model.side.start_loads(by_layer=True)
+
+
+# ---- a step
 
 
 def test_offloads_come_before_the_load(model: Model) -> None:

@@ -249,7 +249,7 @@ class Leader:
 
     def load(
         self, request_id: str, first: int, count: int, *tables: Sequence[int], in_step: bool = False
-    ) -> None:
+    ) -> Operation:
         """Order the load of blocks first .. first+count-1; `tables` are the request's, whole, of each group.
 
         The engine waits for this load, so there is always an operation, if only one that fails.
@@ -269,6 +269,7 @@ class Leader:
                     id_, Direction.ONBOARD, request_id, blocks, nothing, self._timeout_s, in_step
                 )
             self._orders.operations.append(operation)
+            return operation
 
     @off_on_error(lambda: None)
     def set_table(self, request_id: str, *tables: Sequence[int]) -> None:

@@ -184,6 +184,10 @@ class Worker:
             loads.append(load)
         return loads
 
+    def caller(self) -> object:
+        """See `CopyEngine.caller`; None without loads inside a step."""
+        return self._device_engine.caller() if self._device_engine is not None else None
+
     @property
     def arena(self) -> HostArena:
         return self._records.arena

@@ -1,6 +1,7 @@
 """Copy engines: move the bytes of whole blocks between an engine's KV tensors and a host arena."""
 
 import ctypes
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -74,6 +75,10 @@ class CopyEngine(ABC):
     def close(self) -> None:
         """Stop what runs in the background; no copy is under way."""
         return None
+
+    def caller(self) -> object:
+        """Whose call this is: what equal callers give the device to do is done in that order."""
+        return threading.get_ident()
 
     def fence(self) -> object:
         """Called by the engine's forward thread: marks what it has given the device to do so far.

@@ -161,6 +161,13 @@ def before_reset(block_pool: Any, prepare: Callable[[], None]) -> None:
     block_pool.reset_prefix_cache = prepared_reset
 
 
+def connector_of_worker() -> Any:
+    """The connector of this process's rank, or None."""
+    from vllm.distributed.kv_transfer.kv_transfer_state import get_kv_transfer_group, has_kv_transfer_group
+
+    return get_kv_transfer_group() if has_kv_transfer_group() else None
+
+
 def publishes_events(block_pool: Any) -> bool:
     """Whether the engine makes KV events, to be published with its steps."""
     return bool(getattr(block_pool, "enable_kv_cache_events", False))

@@ -127,8 +127,19 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
 
     @_never_raises(lambda: None)
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        if self.scheduler_side is not None:
-            self.scheduler_side.allocated(request, blocks.get_block_ids(), num_external_tokens)
+        if self.scheduler_side is None:
+            return
+        load = self.scheduler_side.allocated(request, blocks.get_block_ids(), num_external_tokens)
+        if load is not None and (worker_side := self._worker_side_here()) is not None:
+            worker_side.start_early(load)
+
+    def _worker_side_here(self) -> WorkerSide | None:
+        """The other half, where one process plans the steps and computes them: with one rank."""
+        other = compat.connector_of_worker()
+        if not isinstance(other, KvbmConnector):
+            return None
+        same = other._vllm_config.instance_id == self._vllm_config.instance_id
+        return other.worker_side if same else None
 
     @_never_raises(KvbmMetadata)
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:

@@ -10,6 +10,7 @@ import numpy as np
 from kvbm.config import Config
 from kvbm.logic.followed import NO_BLOCK, Passing
 from kvbm.logic.groups import KvGroups
+from kvbm.logic.operations import Operation
 from kvbm.logic.outcome import Outcome
 from kvbm.observe.server import Server
 from kvbm.runtime.admin import Admin
@@ -124,22 +125,28 @@ class SchedulerSide:
                 return blocks
             look *= 2
 
-    def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], num_external_tokens: int) -> None:
-        """vLLM gave the request `block_ids`, all of each group; num_external_tokens are ours to load."""
+    def allocated(
+        self, request: Any, block_ids: Sequence[Sequence[int]], num_external_tokens: int
+    ) -> Operation | None:
+        """vLLM gave the request `block_ids`, all of each group; num_external_tokens are ours to load.
+
+        Returns the load if the step that is being planned reads what it brings.
+        """
         leader, id_ = self.leader, request.request_id
         if leader is None or id_ not in self._requests:
-            return
+            return None
         loaded = num_external_tokens // self._block_size
         tables = self._tables(block_ids)
         if id_ in self._offered:
             first, useful, _ = self._offered[id_]
             leader.answered(id_, first, loaded, useful)
-        if loaded:
-            first, _, in_step = self._offered[id_]
-            (self._running[-1] if in_step else self._loading).add(id_)
-            leader.load(id_, first, loaded, *tables, in_step=in_step)
-        else:
+        if not loaded:
             leader.set_table(id_, *tables)
+            return None
+        first, _, in_step = self._offered[id_]
+        (self._running[-1] if in_step else self._loading).add(id_)
+        load = leader.load(id_, first, loaded, *tables, in_step=in_step)
+        return load if in_step else None
 
     def _tables(self, block_ids: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
         """vLLM's block tables in the leader's words."""

@@ -95,6 +95,9 @@ class CudaCopyEngine(CopyEngine):
     def close(self) -> None:
         self._pinned.close()
 
+    def caller(self) -> object:
+        return threading.get_ident(), torch.cuda.current_stream(self._device).cuda_stream
+
     def fence(self) -> object:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
