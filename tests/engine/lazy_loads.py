@@ -60,7 +60,7 @@ class LazyCopyEngine(CpuCopyEngine):
         self, device_blocks: NDArray[np.integer], host_slots: NDArray[np.integer]
     ) -> InStepLoad:
         self.seen["in step"] += 1
-        self.seen["early"] += not _in_forward_pass()
+        self.seen["early"] += not in_forward_pass()
         self.seen["blocks in step"] += len(host_slots)
         if "start" in self.raises_at:
             self.fill(device_blocks)
@@ -124,7 +124,7 @@ class LazyLoad(InStepLoad):
         return not self._engine.never_over and self._missing <= {skipped}
 
 
-def _in_forward_pass() -> bool:
+def in_forward_pass() -> bool:
     from vllm.forward_context import is_forward_context_available
 
     return is_forward_context_available()

@@ -133,6 +133,20 @@ def test_a_load_inside_a_step(make):
     setup.engine.close()
 
 
+def test_whose_call_it_is():
+    """Equal for one thread on one stream: a load may be started before its step only from there."""
+    setup = Setup(packed, torch.bfloat16)
+    seen = [setup.engine.caller()]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        seen.append(setup.engine.caller())
+    thread = threading.Thread(target=lambda: seen.append(setup.engine.caller()))
+    thread.start()
+    thread.join()
+    assert len(set(seen)) == 3
+    assert setup.engine.caller() == seen[0]
+    setup.engine.close()
+
+
 def test_a_load_inside_a_step_waits_for_what_came_before():
     """A kernel still running when the load is ordered must not overwrite what it brings."""
     setup = Setup(packed, torch.bfloat16)
