@@ -6,6 +6,7 @@ Functions whose first argument is `llm` are executed in the engine's process.
 import contextlib
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -212,11 +213,18 @@ def wait_io(llm: Any, deadline_s: float = 20.0) -> None:
     """Ask trifles until the I/O process, which may have died, answers again: an idle engine does not step."""
     client = scenarios.worker(llm)._disk
     end = time.monotonic() + deadline_s
-    # A process that died this moment still counts as ready.
-    while not client.ready or client._process.poll() is not None:
+    while not client.ready or not _lives(client._process):
         if time.monotonic() > end:
             raise TimeoutError("the I/O process is not started again")
         scenarios.run(llm, [Ask((1000, 1001, 1002), 1)])
+
+
+def _lives(process: subprocess.Popen[bytes] | None) -> bool:
+    """Whether it isn't about to die either, of which its client hears later: its memory goes first."""
+    try:
+        return process is not None and bool(Path(f"/proc/{process.pid}/cmdline").read_bytes())
+    except OSError:
+        return False
 
 
 def stored(llm: Any, asks: Sequence[Ask]) -> list[int]:
