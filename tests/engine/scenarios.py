@@ -33,6 +33,7 @@ class Seen:
     device_blocks: int  # that can be given out
     unfinished: int
     # KVBM; an engine without has zeros
+    hits_by_tier: dict[str, int] = field(default_factory=dict)  # tokens, by the count of vLLM 0.32 and later
     onboarded: int = 0
     offloaded: int = 0
     evictions: int = 0
@@ -62,6 +63,12 @@ class Ran:
     @property
     def external_hits(self) -> int:
         return self.after.external_hits - self.before.external_hits
+
+    @property
+    def hits_by_tier(self) -> dict[str, int]:
+        before = self.before.hits_by_tier
+        hits = {tier: tokens - before[tier] for tier, tokens in self.after.hits_by_tier.items()}
+        return {tier: tokens for tier, tokens in hits.items() if tokens}
 
     @property
     def device_hits(self) -> int:
@@ -105,15 +112,21 @@ def scheduler_name(llm: Any) -> str:
 
 
 def observe(llm: Any) -> Seen:
-    values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    metrics = llm.get_metrics()
+    values = {metric.name: getattr(metric, "value", 0) for metric in metrics}
     block_pool = scheduler(llm).kv_cache_manager.block_pool
-    common = {
+    common: dict[str, Any] = {
         "device_hits": int(values["vllm:prefix_cache_hits"]),
         "external_hits": int(values.get("vllm:external_prefix_cache_hits", 0)),
         "preemptions": int(values["vllm:num_preemptions"]),
         "free_device_blocks": block_pool.get_num_free_blocks(),
         "device_blocks": block_pool.num_gpu_blocks - 1,  # without the null block
         "unfinished": llm.llm_engine.get_num_unfinished_requests(),
+        "hits_by_tier": {
+            metric.labels["source"]: int(metric.value)
+            for metric in metrics
+            if metric.name == "vllm:prompt_tokens_cached_by_source"
+        },
     }
     connector = scheduler(llm).connector
     if connector is None or connector.scheduler_side.leader is None:

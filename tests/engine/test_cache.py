@@ -45,6 +45,10 @@ def test_cold_then_device_then_host(engine: Engine, expect: Expect, prompts: Pro
     assert host.external_hits == sum(host.cached) >= blocks(asks) * BLOCK_SIZE
     assert [cold.tokens, device.tokens, host.tokens] == [want()] * 3
     assert (host.after.pins, host.after.followed) == (0, 0)
+    assert (device.hits_by_tier, host.hits_by_tier) == (
+        {"device": device.device_hits},
+        {"host": host.external_hits},
+    )
 
 
 def test_prompt_of_whole_blocks(engine: Engine, expect: Expect, prompts: Prompts) -> None:

@@ -143,6 +143,10 @@ def test_filter(filtered: Engine, expect_keen: Expect, prompts: Prompts) -> None
     third = filtered.call(disk.from_disk, asks)
     assert (third.read, third.onboarded, third.written) == (3 + 5, 3 + 5, 0)
     assert third.external_hits == (3 + 5) * 32
+    assert (second.hits_by_tier, third.hits_by_tier) == (
+        {"host": second.external_hits},
+        {"disk": third.external_hits},
+    )
     assert [ran.tokens for ran in (first, second, third)] == [want()] * 3
     assert third.at_rest
 

@@ -22,11 +22,19 @@ CACHE = ROOT / ".cache" / "vllm-trees"
 BASE = "distributed/kv_transfer/kv_connector/v1/base.py"
 
 # Hooks that came later: the first version that has them. An older vLLM never calls them.
-SINCE = {"requires_kv_delivery": (0, 27), "get_transfer_results": (0, 30)}
+SINCE = {
+    "requires_kv_delivery": (0, 27),
+    "get_transfer_results": (0, 30),
+    "get_external_cache_hit_sources": (0, 32),
+}
 # Hooks that are gone: the last version that has them. A newer vLLM never calls them.
 UNTIL = {"prefer_cross_layer_blocks": (0, 28), "register_cross_layers_kv_cache": (0, 28)}
 # The first version of names imported inside functions.
-IMPORTED_SINCE = {"KVConnectorTransferResults": (0, 30), "to_event_extra_keys": (0, 32)}
+IMPORTED_SINCE = {
+    "KVConnectorTransferResults": (0, 30),
+    "to_event_extra_keys": (0, 32),
+    "CacheHitSource": (0, 32),
+}
 # Public names of our class that are not vLLM's.
 OWN = {"turn_off"}
 
@@ -37,6 +45,7 @@ USED = [
      "preempted_req_ids"),
     ("v1/core/sched/output.py", "CachedRequestData", "req_ids new_block_ids resumed_req_ids"),
     ("v1/core/sched/output.py", "NewRequestData", "req_id"),
+    ("v1/kv_cache_interface.py", "KVCacheConfig", "needs_kv_cache_zeroing"),
     ("forward_context.py", "ForwardContext", "attn_metadata cudagraph_runtime_mode"),
     ("config/compilation.py", "CUDAGraphMode", "NONE PIECEWISE FULL"),
     ("v1/outputs.py", "KVConnectorOutput", "kv_connector_worker_meta finished_recving"),
@@ -298,7 +307,7 @@ def test_imported_names_exist(tree: Tree) -> None:
                 continue
             path = tree.root / (node.module or "").replace(".", "/")
             source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-            names = defined(ast.parse(source.read_text()))
+            names = defined(ast.parse(source.read_text())) if source.is_file() else set()
             for alias in node.names:
                 late = node not in module.body and tree.version < IMPORTED_SINCE.get(alias.name, (0, 0))
                 module_itself = path.is_dir() and (path / f"{alias.name}.py").is_file()

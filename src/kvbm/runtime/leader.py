@@ -14,7 +14,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Concatenate, TypeVar
+from typing import Any, Concatenate, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -41,6 +41,13 @@ from kvbm.runtime.upkeep import Upkeep
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+
+class OrderedLoad(NamedTuple):
+    """from_disk: how many of its blocks lay on disk until the request asked for them."""
+
+    operation: Operation
+    from_disk: int
 
 
 class Leader:
@@ -249,15 +256,15 @@ class Leader:
 
     def load(
         self, request_id: str, first: int, count: int, *tables: Sequence[int], in_step: bool = False
-    ) -> Operation:
+    ) -> OrderedLoad:
         """Order the load of blocks first .. first+count-1; `tables` are the request's, whole, of each group.
 
         The engine waits for this load, so there is always an operation, if only one that fails.
         in_step: the next step's forward pass reads the blocks.
         """
         with self.lock:
-            operation = self._load(request_id, first, count, tables, in_step)
-            if operation is None:
+            load = self._load(request_id, first, count, tables, in_step)
+            if load is None:
                 blocks = np.concatenate(
                     [np.asarray(table[first : first + count], np.int32) for table in tables]
                 )
@@ -268,8 +275,9 @@ class Leader:
                 operation = Operation(
                     id_, Direction.ONBOARD, request_id, blocks, nothing, self._timeout_s, in_step
                 )
-            self._orders.operations.append(operation)
-            return operation
+                load = OrderedLoad(operation, 0)
+            self._orders.operations.append(load.operation)
+            return load
 
     @off_on_error(lambda: None)
     def set_table(self, request_id: str, *tables: Sequence[int]) -> None:
@@ -410,17 +418,18 @@ class Leader:
     @off_on_error(lambda: None)
     def _load(
         self, request_id: str, first: int, count: int, tables: Sequence[Sequence[int]], in_step: bool
-    ) -> Operation | None:
+    ) -> OrderedLoad | None:
         self._planner.set_table(request_id, *tables)
         operation = self._planner.load(request_id, first, count, self._clock(), in_step=in_step)
         read = np.empty(0, np.int64)
         if self._disk is not None:
             read, _ = self._disk.fetched(request_id)
             self._disk.release(request_id)
-        if operation is not None and self._observer is not None:
-            from_disk = self._planner.groups.by_block(count, np.isin(operation.host_slots, read))
-            self._tell(Observer.load_ordered, operation.id, request_id, first, from_disk)
-        return operation
+        if operation is None:
+            return None
+        from_disk = self._planner.groups.by_block(count, np.isin(operation.host_slots, read))
+        self._tell(Observer.load_ordered, operation.id, request_id, first, from_disk)
+        return OrderedLoad(operation, int(np.count_nonzero(from_disk)))
 
     @off_on_error(list)
     def _receive(self, report: WorkerReport) -> list[Outcome]:

@@ -168,6 +168,14 @@ def connector_of_worker() -> Any:
     return get_kv_transfer_group() if has_kv_transfer_group() else None
 
 
+def hit_sources(host_tokens: int, disk_tokens: int) -> dict[Any, int]:
+    """vLLM 0.32 and later: the tokens of a hit by the tier they lay in, for its own metrics."""
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    tokens = {CacheHitSource.HOST: host_tokens, CacheHitSource.DISK: disk_tokens}
+    return {source: count for source, count in tokens.items() if count}
+
+
 def publishes_events(block_pool: Any) -> bool:
     """Whether the engine makes KV events, to be published with its steps."""
     return bool(getattr(block_pool, "enable_kv_cache_events", False))

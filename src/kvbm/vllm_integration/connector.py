@@ -133,6 +133,13 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
         if load is not None and (worker_side := self._worker_side_here()) is not None:
             worker_side.start_early(load)
 
+    @_never_raises(dict)
+    def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
+        """vLLM 0.32 and later asks right after `update_state_after_alloc`."""
+        side = self.scheduler_side
+        from_disk = side.tokens_from_disk(request.request_id) if side is not None else 0
+        return compat.hit_sources(num_external_tokens - from_disk, from_disk)
+
     def _worker_side_here(self) -> WorkerSide | None:
         """The other half, where one process plans the steps and computes them: with one rank."""
         other = compat.connector_of_worker()

@@ -59,6 +59,7 @@ class SchedulerSide:
         # The last offer to vLLM: first block, blocks of use, inside the step?
         self._offered: dict[str, tuple[int, int, bool]] = {}
         self._loading: set[str] = set()  # waiting for their load
+        self._from_disk = "", 0  # the last load's request, and tokens that came from there
         # Whom the engine is busy with: of the last steps, and already chosen for the one being made.
         self._running: deque[set[str]] = deque([set()], maxlen=steps_in_flight)
         self._grown: list[str] = []  # who has computed blocks that are not stored
@@ -146,7 +147,13 @@ class SchedulerSide:
         first, _, in_step = self._offered[id_]
         (self._running[-1] if in_step else self._loading).add(id_)
         load = leader.load(id_, first, loaded, *tables, in_step=in_step)
-        return load if in_step else None
+        self._from_disk = id_, load.from_disk * self._block_size
+        return load.operation if in_step else None
+
+    def tokens_from_disk(self, request_id: str) -> int:
+        """Of the load that was ordered last, if it is this request's."""
+        id_, tokens = self._from_disk
+        return tokens if id_ == request_id else 0
 
     def _tables(self, block_ids: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
         """vLLM's block tables in the leader's words."""
