@@ -156,6 +156,20 @@ def test_started_early_for_a_step_that_never_came(model: Model) -> None:
     assert completions(model) == [(7, 0, Failure.NONE)]
 
 
+def test_started_early_behind_a_step_that_failed_half_way(model: Model) -> None:
+    """What that left is waited for, what was started early goes on."""
+    model.begin(load())  # the engine raises before `start_loads`
+    model.side.start_early(other_load(in_step=True))
+    model.begin(other_load(in_step=True))
+    assert model.arrived(4, 6) == [True, True, True]
+    assert model.caches["layer0"][0].ne(model.stored["layer0"][0]).any()
+    model.side.start_loads(by_layer=True)
+    model.side.before_layer("layer0")
+    assert model.caches["layer0"][0].equal(model.stored["layer0"][0])
+    model.end()
+    assert model.engine.seen["in step"] == 2
+
+
 def before_the_first_step(model: Model) -> None:
     model.side._caller = None
 

@@ -119,9 +119,7 @@ class WorkerSide:
         (H100). Where that can't be, or fails, the step starts it.
         """
         worker = self._worker
-        if worker is None or not self._blocks_are_kept or self._caller is None:
-            return
-        if worker.caller() == self._caller:
+        if worker is not None and self._blocks_are_kept and worker.caller() == self._caller:
             with contextlib.suppress(LostLoadError):
                 [self._early[operation.id]] = worker.start_in_step([operation])
 
