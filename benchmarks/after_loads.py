@@ -45,7 +45,7 @@ WAYS = (
 )
 
 
-def switched() -> "type[Any]":
+def switched() -> type[Any]:
     """The connector, in the engine's process: it loads in the way whose number the file $LOAD_WAY holds."""
     from benchmarks.connectors import TimedConnector
     from kvbm.runtime.leader import Leader
@@ -147,18 +147,15 @@ async def decode_after(engine: vllm_gpu.Engine, stored: list[int], way: str) -> 
         ttft = answer["ttft"]
     if "idle" in way:
         await asyncio.sleep(IDLE_S)
-    decoders = [
-        asyncio.create_task(engine.ask(vllm_gpu.random_prompt(rng, 256), int(DECODE_S / 0.004)))
-        for _ in range(16)
-    ]
+    decoders = vllm_gpu.start_decoding(engine, rng, DECODE_S)
     await asyncio.sleep(DECODE_S / 4)
     begin = time.perf_counter()
     await asyncio.sleep(DECODE_S * 3 / 4)
     end = time.perf_counter()
     answers = await asyncio.gather(*decoders)
-    gaps = np.concatenate([np.diff([t for t in a["times"] if begin <= t <= end]) for a in answers])
+    gaps = vllm_gpu.gaps_between(answers, begin, end)
     assert engine.step_times is not None
-    steps = vllm_gpu.where_steps_go(engine.step_times, begin, begin, end, len(decoders))
+    steps = vllm_gpu.where_steps_go(engine.step_times, begin - DECODE_S / 4, begin, end, len(decoders))
     return {
         "median": 1e3 * float(np.median(gaps)),
         "ttft": ttft,

@@ -280,8 +280,7 @@ async def decode_beside(engine: Engine, prompts: Sequence[Sequence[int]], case: 
     if case == "device hits":
         await engine.ask(prompts[0])
     lasts_s = DECODE_BEFORE_S + ARRIVE_EVERY_S * len(prompts)
-    most = int(lasts_s / 0.004)  # no GPU makes these steps in 4 ms: they outlast the arrivals
-    decoders = [asyncio.create_task(engine.ask(random_prompt(rng, 256), most)) for _ in range(16)]
+    decoders = start_decoding(engine, rng, lasts_s)
     await asyncio.sleep(DECODE_BEFORE_S)
     begin = time.perf_counter()
     ttft = []
@@ -295,7 +294,7 @@ async def decode_beside(engine: Engine, prompts: Sequence[Sequence[int]], case: 
     answers = await asyncio.gather(*decoders)
     if min(answer["times"][-1] for answer in answers) < end:
         raise RuntimeError("the requests that decode were over before all prompts had arrived")
-    gaps = np.concatenate([np.diff([t for t in answer["times"] if begin <= t <= end]) for answer in answers])
+    gaps = gaps_between(answers, begin, end)
     result = {
         "mean": 1e3 * float(gaps.mean()),
         "median": 1e3 * float(np.median(gaps)),
@@ -308,6 +307,19 @@ async def decode_beside(engine: Engine, prompts: Sequence[Sequence[int]], case: 
             engine.step_times, begin - DECODE_BEFORE_S / 2, begin, end, len(decoders)
         )
     return result
+
+
+def start_decoding(
+    engine: Engine, rng: np.random.Generator, lasts_s: float
+) -> list[asyncio.Task[dict[str, Any]]]:
+    """16 requests that decode for so long, at least."""
+    most = int(lasts_s / 0.004)  # no GPU makes these steps in 4 ms: they outlast the arrivals
+    return [asyncio.create_task(engine.ask(random_prompt(rng, 256), most)) for _ in range(16)]
+
+
+def gaps_between(answers: Sequence[dict[str, Any]], begin: float, end: float) -> np.ndarray:
+    """Seconds between the tokens of each answer, of those that came between two times."""
+    return np.concatenate([np.diff([t for t in answer["times"] if begin <= t <= end]) for answer in answers])
 
 
 def where_steps_go(file: Path, first: float, begin: float, end: float, tokens: int) -> dict[str, Any]:

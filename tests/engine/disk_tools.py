@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +207,12 @@ def wait_ready(llm: Any, deadline_s: float = 30.0) -> DiskSeen:
         scenarios.step_for(llm, 0.01)
     scenarios.drain(llm)
     return seen(llm)
+
+
+def set_timeout(llm: Any, seconds: float) -> None:
+    """KVBM_DISK_TIMEOUT_S from here on."""
+    tier = scenarios.leader(llm).disk
+    tier._limits = replace(tier._limits, timeout_s=seconds)
 
 
 def wait_io(llm: Any, deadline_s: float = 20.0) -> None:

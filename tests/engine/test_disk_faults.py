@@ -81,6 +81,15 @@ def start(child: Child, tiny: Path, env: dict[str, str]) -> str:
     return child.call(scenarios.try_start, str(tiny), env, options)
 
 
+@pytest.fixture
+def patient(engine: Engine) -> Iterator[Engine]:
+    """The same, but nothing is given up because the machine is busy with other things."""
+    engine.call(disk.set_timeout, 60.0)
+    yield engine
+    engine.call(disk.set_timeout, TIMEOUT_S)
+
+
+@pytest.mark.usefixtures("patient")
 def test_truncated_containers(engine: Engine, folder: Path, expect_keen: Expect, prompts: Prompts) -> None:
     asks = [Ask(prompt, 12) for prompt in prompts.batch(800, [100, 170, 257])]
     want = expect_keen(asks)
@@ -92,9 +101,7 @@ def test_truncated_containers(engine: Engine, folder: Path, expect_keen: Expect,
     got = engine.call(disk.from_disk, asks)
     assert got.tokens == want()
     assert (got.read, got.cached) == (0, [0, 0, 0])
-    failures = {why: count for (what, why), count in got.disk_after.failures.items() if what == "READ"}
-    assert failures["ERROR"] > 0  # some may be given up before, where the machine is busy with other things
-    assert sum(failures.values()) == 3 + 5 + 8
+    assert got.disk_after.failures["READ", "ERROR"] == 3 + 5 + 8
     assert got.at_rest
     # What was lost is written anew, where it was.
     engine.call(disk.store, asks)
