@@ -83,7 +83,7 @@ def _copy(
 
 
 class PieceCopies:
-    """Launches of the kernel over one table of pieces. Any thread may make them, several at once.
+    """Launches of the kernel over one table of pieces. Any thread may make them, one at a time on a stream.
 
     pieces: int64 tensor (4, pieces), see above, whose words are `words[0]` to `words[1]`.
     """
