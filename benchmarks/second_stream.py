@@ -3,11 +3,12 @@
 
     python benchmarks/second_stream.py [--trials 20] [--json FILE]
 
-A decoding step of Llama-3.1-8B's shape (16 requests, 32 layers, one graph) is replayed while something runs
-beside it in five steps, then alone. Kernels launched plainly leave an H200 in a state in which each of the
-graph's kernels takes about half a microsecond longer; it outlasts any idleness and ends when another process
-uses the device, as here before each trial that follows one with it. Kernels launched as graphs of one kernel
-do not. Like https://github.com/pytorch/pytorch/issues/161104. Needs torch and a CUDA device, no more.
+A decoding step of Llama-3.1-8B's shape (16 requests, 32 layers: one graph, and a kernel behind it as an
+engine's sampling) is replayed while something runs beside it in five steps, then alone. Once two streams have
+launched kernels, an H200 is in a state in which each kernel of the graph takes half a microsecond longer. It
+outlasts any idleness and ends when another process uses the device, as here before each trial. Kernels
+launched as graphs of one kernel do not count. Like https://github.com/pytorch/pytorch/issues/161104. Needs
+torch and a CUDA device, no more.
 """
 
 import argparse
@@ -55,17 +56,22 @@ class OtherProcess:
         self._process.communicate()
 
 
-def captured(run: Act) -> torch.cuda.CUDAGraph:
+def captured(run: Act) -> Act:
+    """Replays a graph of what `run` launches."""
     for _ in range(3):
         run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph
+
+    def replay(keep: Act = run) -> None:  # with the tensors that it reads
+        graph.replay()
+
+    return replay
 
 
-def decoding_step() -> torch.cuda.CUDAGraph:
+def decoding_step() -> Act:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) / 64
 
@@ -100,7 +106,7 @@ def ways() -> dict[str, Act]:
     model, second = torch.cuda.current_stream(), torch.cuda.Stream()
     few, many = (torch.zeros(n, device="cuda") for n in (1 << 14, 1 << 26))
     host = torch.empty(1 << 24, pin_memory=True)
-    one_few, one_many = (captured(lambda tensor=tensor: tensor.add_(1.0)) for tensor in (few, many))
+    one_few, one_many = captured(lambda: few.add_(1.0)), captured(lambda: many.add_(1.0))
 
     def times(n: int, act: Act) -> Act:
         return lambda: [act() for _ in range(n)]
@@ -117,22 +123,32 @@ def ways() -> dict[str, Act]:
         "nothing": lambda: None,
         "20 large kernels on the model's stream": times(20, lambda: many.add_(1.0)),
         "100 small kernels, plainly": beside(times(100, lambda: few.add_(1.0))),
-        "100 small kernels, each as a graph": beside(times(100, one_few.replay)),
+        "100 small kernels, each as a graph": beside(times(100, one_few)),
         "20 large kernels, plainly": beside(times(20, lambda: many.add_(1.0))),
-        "20 large kernels, each as a graph": beside(times(20, one_many.replay)),
+        "20 large kernels, each as a graph": beside(times(20, one_many)),
         "DMA in": beside(times(4, lambda: many[: 1 << 24].copy_(host, non_blocking=True))),
         "DMA out": beside(times(4, lambda: host.copy_(many[: 1 << 24], non_blocking=True))),
     }
 
 
-def replay(graph: torch.cuda.CUDAGraph, act: Act | None = None) -> float:
+def engine_step() -> Act:
+    decode, sampled = decoding_step(), torch.zeros(1 << 16, device="cuda")
+
+    def run() -> None:
+        decode()
+        sampled.add_(1.0)
+
+    return run
+
+
+def timed(step: Act, act: Act | None = None) -> float:
     """Median of some steps in ms, by CUDA events. The CPU is a step ahead, as in an engine."""
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(STEPS)]
     for i, (begin, end) in enumerate(marks):
         if act is not None and i < STEPS - 1:
             act()
         begin.record()
-        graph.replay()
+        step()
         end.record()
         if i:
             marks[i - 1][1].synchronize()
@@ -149,19 +165,17 @@ def main() -> None:
     arguments = parser.parse_args()
     other = OtherProcess()
     torch.cuda.set_stream(torch.cuda.Stream())
-    graph = decoding_step()
+    step = engine_step()
     other.run_kernels()
-    alone = statistics.median(replay(graph) for _ in range(5))
+    alone = statistics.median(timed(step) for _ in range(5))
     print(f"alone {alone:.3f} ms")
 
     all_ways = ways()
     rows: dict[str, list[tuple[float, float]]] = {name: [] for name in all_ways}
     for _ in range(arguments.trials):
         for name, act in all_ways.items():
-            beside, after = replay(graph, act), replay(graph)
-            rows[name].append((beside, after))
-            if after > SLOWER * alone:
-                other.run_kernels()
+            other.run_kernels()
+            rows[name].append((timed(step, act), timed(step)))
     result: dict[str, object] = {}
     for name, row in rows.items():
         slow = [after for _, after in row if after > SLOWER * alone]
@@ -177,11 +191,11 @@ def main() -> None:
         pairs = []
         for _ in range(3):
             for _ in range(50):
-                if (before := replay(graph)) > SLOWER * alone:
+                if (before := timed(step)) > SLOWER * alone:
                     act()
-                    pairs.append((round(1e3 * (before - alone), 1), round(1e3 * (replay(graph) - alone), 1)))
+                    pairs.append((round(1e3 * (before - alone), 1), round(1e3 * (timed(step) - alone), 1)))
                     break
-                replay(graph, all_ways["100 small kernels, plainly"])
+                timed(step, all_ways["100 small kernels, plainly"])
         result[name] = pairs
         print(f"{name:40} us longer before, after: {pairs}")
     other.close()

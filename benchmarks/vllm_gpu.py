@@ -193,7 +193,7 @@ class Engine:
 
 
 def has_host_tier(name: str) -> bool:
-    return name not in ("none", "null")
+    return name not in ("none", "null", "no-copies")
 
 
 def random_prompt(rng: np.random.Generator, tokens: int) -> list[int]:

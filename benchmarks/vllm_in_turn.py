@@ -2,7 +2,7 @@
 """What KVBM costs a request that finds nothing, and those that decode: several real vLLM on one GPU, in turn.
 
     PYTHONPATH=. python benchmarks/vllm_in_turn.py [--engines none null kvbm] [--repeats 15] [--json FILE]
-        [--only ttft decode]
+        [--decode-repeats 5] [--only ttft decode] [--sizes 4k 16k 32k]
 
 `vllm_gpu.py` measures one engine after the other, and a machine changes by more than the half percent that
 is in question. Here all engines live at once, each in a process of its own; every prompt goes to one after
@@ -116,7 +116,11 @@ def main() -> None:
     parser.add_argument("--mode", default="graphs", choices=["eager", "graphs"])
     parser.add_argument("--host-gb", type=float, default=16.0)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument(
+        "--decode-repeats", type=int, help="of what requests that decode see; default: the same"
+    )
     parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES), help="of prompts")
     parser.add_argument("--only", nargs="+", default=["ttft", "decode"], choices=["ttft", "decode"])
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -130,8 +134,11 @@ def main() -> None:
     file = Path(arguments.json or tempfile.mktemp(suffix=".json"))
     try:
         for part in arguments.only:
-            measure = {"ttft": first_tokens, "decode": decoding}[part]
-            measure(sides, arguments.repeats, results)
+            if part == "ttft":
+                sizes = {name: SIZES[name] for name in arguments.sizes}
+                first_tokens(sides, sizes, arguments.repeats, results)
+            else:
+                decoding(sides, arguments.decode_repeats or arguments.repeats, results)
             file.write_text(json.dumps(results, indent=1))
     finally:
         for side in sides:
@@ -139,12 +146,12 @@ def main() -> None:
     print(f"figures in {file}")
 
 
-def first_tokens(sides: list[Side], repeats: int, results: dict[str, Any]) -> None:
+def first_tokens(sides: list[Side], sizes: dict[str, int], repeats: int, results: dict[str, Any]) -> None:
     order = random.Random(0)
-    for tokens in (512, *SIZES.values()):  # warm up
+    for tokens in (512, *sizes.values()):  # warm up
         for side in sides:
             side.ask(seed=tokens, tokens=tokens)
-    for size, tokens in SIZES.items():
+    for size, tokens in sizes.items():
         times: list[list[list[float]]] = [[] for _ in sides]  # by engine and repeat: cold, device, host
         for repeat in range(repeats):
             for which in order.sample(range(len(sides)), len(sides)):

@@ -67,6 +67,11 @@ class Setup:
         self.engine.wait_ready()
         self.before = self.bits()
 
+    def stage_three(self):
+        """More blocks than the staging memory holds, as with long prompts."""
+        for lane in self.engine._lanes.values():
+            lane.half_bytes = 3 * self.arena.slot_bytes
+
     def bits(self):
         return [
             tensor.movedim(self.block_dim, 0).contiguous().view(torch.uint8).cpu() for tensor in self.tensors
@@ -114,10 +119,12 @@ def test_records_are_those_of_every_method(make):
     setup.engine.close()
 
 
+@pytest.mark.parametrize("method", [None, *Method])
 @pytest.mark.parametrize("make", LAYOUTS)
-def test_a_load_inside_a_step(make):
+def test_a_load_inside_a_step(make, method):
     """Work given to the stream behind a layer's mark reads what was loaded; before the mark nothing waits."""
-    setup = Setup(make, torch.bfloat16)
+    setup = Setup(make, torch.bfloat16, method)
+    setup.stage_three()
     setup.engine.offload(SOURCE, SLOTS, setup.engine.fence())
     load = setup.engine.start_in_step(TARGET, SLOTS)
     seen = []
@@ -147,9 +154,10 @@ def test_whose_call_it_is():
     setup.engine.close()
 
 
-def test_a_load_inside_a_step_waits_for_what_came_before():
+@pytest.mark.parametrize("method", list(Method))
+def test_a_load_inside_a_step_waits_for_what_came_before(method):
     """A kernel still running when the load is ordered must not overwrite what it brings."""
-    setup = Setup(packed, torch.bfloat16)
+    setup = Setup(packed, torch.bfloat16, method)
     setup.engine.offload(SOURCE, SLOTS, setup.engine.fence())
     busy = torch.rand((8192, 8192), device="cuda")
     for _ in range(20):
@@ -166,7 +174,7 @@ def test_a_load_inside_a_step_waits_for_what_came_before():
 def test_many_copies_at_once(method):
     """Both directions from several threads, more blocks than the staging memory holds."""
     setup = Setup(packed, torch.bfloat16, method, slots=BLOCKS)
-    setup.engine._lanes["offload"].staged_blocks = setup.engine._lanes["onboard"].staged_blocks = 3
+    setup.stage_three()
     source, target = np.arange(0, BLOCKS, 2), np.arange(1, BLOCKS, 2)
 
     def copy(part):

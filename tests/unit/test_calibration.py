@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from kvbm.transfer.calibration import CalibrationFile, Method, MethodTable, always, measure
+from kvbm.transfer.calibration import (
+    CalibrationFile,
+    Method,
+    MethodTable,
+    always,
+    in_step_method,
+    measure,
+)
 
 DMA, KERNEL, STAGED = Method.DMA, Method.KERNEL, Method.STAGED
 DIRECTIONS = ("offload", "onboard")
@@ -47,6 +54,31 @@ def test_no_more_than_so_many_by_dma() -> None:
 def test_each_direction_has_its_own() -> None:
     assert [TABLE.choose(direction, 1) for direction in DIRECTIONS] == [DMA, KERNEL]
     assert [TABLE.choose(direction, 50) for direction in DIRECTIONS] == [STAGED, DMA]
+
+
+ALL, DMA_ALONE = list(Method), [Method.DMA]
+RECORD = 2 << 20  # in 4 parts of 512 KiB
+
+
+@pytest.mark.parametrize(
+    ("blocks", "record_bytes", "contiguous", "able", "method"),
+    [
+        (511, RECORD, False, ALL, Method.KERNEL),  # less than a gigabyte: it would wait for the CPU
+        (512, RECORD, False, ALL, Method.STAGED),
+        (512, RECORD, True, ALL, Method.DMA),
+        (511, RECORD, True, ALL, Method.KERNEL),
+        (4096, RECORD, False, ALL, Method.STAGED),
+        (4097, RECORD, False, ALL, Method.KERNEL),  # too many copies
+        (4096, RECORD // 2, False, ALL, Method.STAGED),
+        (4096, RECORD // 2 - 4, False, ALL, Method.KERNEL),  # too small ones
+        (1, RECORD, False, DMA_ALONE, Method.DMA),
+        (9999, RECORD, True, DMA_ALONE, Method.DMA),
+    ],
+)
+def test_loads_inside_a_step(
+    blocks: int, record_bytes: int, contiguous: bool, able: list[Method], method: Method
+) -> None:
+    assert in_step_method(blocks, record_bytes, 4, contiguous, able) is method
 
 
 @pytest.mark.parametrize("method", Method)

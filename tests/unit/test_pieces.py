@@ -306,7 +306,8 @@ def test_records_and_staging(
         np.array(slots, np.int32),
         rows,
         records=arena.address,
-        record_bytes=record_bytes,
+        size=record_bytes,
+        row_bytes=arena.slot_bytes,
         slot_bytes=arena.slot_bytes,
         chunk_slots=chunk_slots,
     )
@@ -334,4 +335,34 @@ def test_records_and_staging(
         execute(placed, to_host=False)
         np.testing.assert_array_equal(staging[: len(own), :record_bytes], arena.records()[own])
         assert (staging[len(own) - 1, record_bytes:] == UNUSED).all()
+        assert (staging[len(own) :] == UNUSED).all()
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 1), (1, 3), (2, 4)])
+@pytest.mark.parametrize("rows", [2, 5, SLOTS])
+def test_a_part_of_each_record_through_staging(first: int, last: int, rows: int) -> None:
+    """Some layers of neighbouring records: never one copy, as other layers lie between them."""
+    kv = cache("mla")
+    table = PieceTable(kv.layout)
+    offset, size = table.span(first, last)
+    assert (offset, size) == (table.offset[first], table.size[first:last].sum())
+    arena = HostArena(SLOTS, kv.layout.record_bytes)
+    arena.slots[:] = np.random.default_rng(5).integers(0, 256, arena.slots.shape, np.uint8)
+    slots = np.array([3, 4, 5, 0, 8, 7, 6, 1])
+    *copies, bounds = record_copies(
+        slots,
+        rows,
+        records=arena.address + offset,
+        size=size,
+        row_bytes=size,
+        slot_bytes=arena.slot_bytes,
+        chunk_slots=SLOTS,
+    )
+    assert len(copies[0]) == len(slots)
+    for part, start in zip(pairwise(bounds), range(0, len(slots), rows), strict=True):
+        offsets, host, sizes = (array[slice(*part)] for array in copies)
+        own = slots[start : start + rows]
+        staging = np.full((rows, size), UNUSED, np.uint8)
+        execute((offsets + staging.ctypes.data, host, sizes), to_host=False)
+        np.testing.assert_array_equal(staging[: len(own)], arena.records()[own, offset : offset + size])
         assert (staging[len(own) :] == UNUSED).all()

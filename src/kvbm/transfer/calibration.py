@@ -27,6 +27,9 @@ _HANDICAPS = {
     ("onboard", Method.KERNEL): 1.5,
     ("offload", Method.STAGED): 1.25,
 }
+# Loads inside a step go by DMA from 1 GiB on, 20 ms on the bus, if its copies are so large and not too many:
+# ordering one takes 1 µs, a fifth of the time in which the bus moves 256 KiB.
+_IN_STEP_BYTES, _IN_STEP_COPY_BYTES, _IN_STEP_COPIES = 1 << 30, 256 << 10, 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,24 @@ class MethodTable:
         rows = self.rows[direction]
         best = min(rows, key=lambda row: max(blocks, row[0]) / max(1, min(blocks, row[0])))[1]
         return Method.STAGED if best is Method.DMA and blocks > self.most_by_dma else best
+
+
+def in_step_method(
+    blocks: int, record_bytes: int, groups: int, contiguous: bool, able: Sequence[Method]
+) -> Method:
+    """Of a load inside a step, in groups of layers, each of which may be contiguous in a block on the device.
+
+    By DMA it takes 39.8 ms instead of 42.2, and 78.8 instead of 83.9 (2 and 4 GiB, H200), but 5 to 10 ms of
+    the engine's thread instead of a half. These are hidden while it takes longer to arrive than to prepare
+    the step that waits for it.
+    """
+    copies = blocks * groups
+    size = blocks * record_bytes
+    if Method.KERNEL in able and (
+        size < _IN_STEP_BYTES or size < copies * _IN_STEP_COPY_BYTES or copies > _IN_STEP_COPIES
+    ):
+        return Method.KERNEL
+    return Method.STAGED if Method.STAGED in able and not contiguous else Method.DMA
 
 
 def always(method: Method) -> MethodTable:

@@ -42,6 +42,11 @@ class PieceTable:
             (array % alignment).any() for array in (self.address, self.block_stride, self.size, self.offset)
         )
 
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """Where pieces first .. last-1 lie in a record: offset and bytes."""
+        start = int(self.offset[first])
+        return start, int(self.offset[last - 1] + self.size[last - 1]) - start
+
     def joined(self, first: int, last: int) -> tuple[Addresses, Addresses, Addresses, Addresses]:
         """Pieces first .. last-1 as (address, block_stride, size, offset), neighbours made one."""
         address, stride, size, offset = (
@@ -80,24 +85,29 @@ def record_copies(
     rows: int,
     *,
     records: int,
-    record_bytes: int,
+    size: int,
+    row_bytes: int,
     slot_bytes: int,
     chunk_slots: int,
 ) -> tuple[Addresses, Addresses, Addresses, NDArray[np.int64]]:
-    """The fewest copies between whole records in slots and dense rows of records, `rows` of them at a time.
+    """The fewest copies between records in slots, or a part of each, and dense rows, `rows` at a time.
 
-    (offset in the rows, record address, bytes), shape (n,) each; and where the parts begin among them, the
-    end included: shape (parts + 1,).
+    records: address of the part in the first slot, of `size` bytes. row_bytes: from one row to the next;
+    neighbours are made one where that is slot_bytes.
+    Returns (offset in the rows, record address, bytes), shape (n,) each; and where each time's begin among
+    them, the end included: shape (times + 1,).
     """
     slots = slots.astype(np.int64)
     row = np.arange(len(slots), dtype=np.int64) % rows
     together = (slots[1:] == slots[:-1] + 1) & (slots[1:] % chunk_slots != 0) & (row[1:] != 0)
+    if row_bytes != slot_bytes:
+        together[:] = False
     starts = np.concatenate(([0], np.flatnonzero(~together) + 1))
     lengths = np.diff(starts, append=len(slots))
     return (
-        row[starts] * slot_bytes,
+        row[starts] * row_bytes,
         records + slots[starts] * slot_bytes,
-        lengths * slot_bytes - (slot_bytes - record_bytes),  # without the padding of the last
+        lengths * row_bytes - (row_bytes - size),  # without the padding of the last
         np.searchsorted(starts, np.arange(0, len(slots) + rows, rows)),
     )
 

@@ -10,10 +10,11 @@ Staged reaches 97 % with every layout, at the price of a little device memory, a
 import logging
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from kvbm.errors import CapacityError
 from kvbm.transfer.arena import HostArena
-from kvbm.transfer.calibration import CalibrationFile, Method, MethodTable, always, measure
+from kvbm.transfer.calibration import CalibrationFile, Method, MethodTable, always, in_step_method, measure
 from kvbm.transfer.copy import CopyEngine, InStepLoad, Transfer
 from kvbm.transfer.cuda import driver
 from kvbm.transfer.cuda.pinning import PinnedArena, slots_per_chunk
@@ -38,7 +39,9 @@ except ImportError:  # torch without Triton: DMA alone
 
 _STAGING_SHARE = 1024  # a thousandth of the device's memory is one half, of two for each direction
 _MAX_BLOCKS = 4096  # in one launch of a kernel
-_IN_STEP_GROUPS = 8  # of layers: a load inside a step signals each when it has arrived
+# Groups of layers, of which a load inside a step signals each when it has arrived: where they end. The less
+# in the first, the sooner the model starts; in the last, the less is left to compute when all have arrived.
+_IN_STEP_GROUPS = (1 / 8, 3 / 8, 5 / 8, 7 / 8, 1)
 _CALIBRATED_COUNTS = (1, 8, 32, 256)
 # Copies in one order: each takes the engine's thread 0.5 to 1 µs; with 32,768 it has waited for the device.
 _MOST_BY_DMA = 8192
@@ -64,8 +67,7 @@ class CudaCopyEngine(CopyEngine):
             torch.cuda.current_stream().query()  # makes the context current
             self._context = driver.current_context()
             self._lanes = {direction: _Lane(device, arena.slot_bytes) for direction in ("offload", "onboard")}
-            self._in_step = torch.cuda.Stream(device)
-        self._groups = _layer_groups(layout, len(self._pieces))
+        self._groups = _layer_groups(layout, self._pieces)
         self._piece_copies = self._prepare_kernel()
         try:
             self._pinned = PinnedArena(
@@ -80,7 +82,8 @@ class CudaCopyEngine(CopyEngine):
                 f"CUDA can't pin host memory: {error}. Raise the locked-memory limit (ulimit -l)."
             ) from error
         self._try_kernel()
-        self._methods = self._choose_methods(method)
+        self._wanted = method if method in self._able else None
+        self._methods = self._choose_methods()
 
     copies_by_itself = True
 
@@ -133,58 +136,111 @@ class CudaCopyEngine(CopyEngine):
     ) -> "CudaTransfer":
         """Order a copy by `method`, or by what was measured to be the best."""
         method = method or self._methods.choose(direction, len(slots))
+        [ends] = self._order(direction, method, blocks, slots, after, [(0, len(self._pieces))])
+        return CudaTransfer(ends)
+
+    def start_in_step(self, device_blocks: Indices, host_slots: Indices) -> InStepLoad:
+        """Group of layers by group."""
+        groups = self._groups
+        method = self._wanted or in_step_method(
+            len(host_slots), self._arena.record_bytes, len(groups.ranges), groups.whole, self._able
+        )
+        ends = self._order("onboard", method, device_blocks, host_slots, self.fence(), groups.ranges)
+        return _CudaInStepLoad(self._device, ends, groups.by_name)
+
+    def _order(
+        self,
+        direction: str,
+        method: Method,
+        blocks: Indices,
+        slots: Indices,
+        after: object,
+        groups: Sequence[tuple[int, int]],
+    ) -> list[list[torch.cuda.Event]]:
+        """Order a copy of the pieces of each group; the events with which each ends."""
         lane = self._lanes[direction]
         order = {Method.DMA: self._dma, Method.KERNEL: self._kernel, Method.STAGED: self._staged}[method]
         with lane.lock:
             try:
-                streams = order(direction == "offload", lane, blocks, slots, after)
+                parts = (order(direction == "offload", lane, blocks, slots, after, group) for group in groups)
+                return [[_mark(stream) for stream in streams] for streams in parts]
             except Exception:
                 lane.synchronize()  # what was ordered before the error must not go on unknown to anybody
                 raise
-            return CudaTransfer([_mark(stream) for stream in streams])
 
-    # Each orders a copy and returns the streams on which it ends.
+    # Each orders a copy of some pieces and returns the streams on which it ends.
 
     def _dma(
-        self, offload: bool, lane: "_Lane", blocks: Indices, slots: Indices, after: object
+        self,
+        offload: bool,
+        lane: "_Lane",
+        blocks: Indices,
+        slots: Indices,
+        after: object,
+        group: tuple[int, int],
     ) -> Sequence[torch.cuda.Stream]:
         stream = lane.halves[0].stream
         _wait(stream, after)
-        device, host, sizes = self._block_copies((0, len(self._pieces)), blocks, slots)
+        device, host, sizes = block_copies(
+            self._pieces,
+            group,
+            blocks,
+            slots,
+            records=self._arena.address,
+            slot_bytes=self._arena.slot_bytes,
+            chunk_slots=self._chunk_slots,
+        )
         driver.copy_batch(*_to_and_from(offload, device, host), sizes, stream.cuda_stream)
         return [stream]
 
     def _kernel(
-        self, offload: bool, lane: "_Lane", blocks: Indices, slots: Indices, after: object
+        self,
+        offload: bool,
+        lane: "_Lane",
+        blocks: Indices,
+        slots: Indices,
+        after: object,
+        group: tuple[int, int],
     ) -> Sequence[torch.cuda.Stream]:
         assert kernel is not None
         half = lane.halves[0]
         _wait(half.stream, after)
         programs = kernel.PROGRAMS_TO_HOST if offload else kernel.PROGRAMS_FROM_HOST
+        records = _Rows(self._arena.address, self._arena.slot_bytes)
         for part in _parts(len(slots), _MAX_BLOCKS):
-            index = _upload(half.index, blocks[part], slots[part], half.stream)
-            self._launch(half.stream, index, self._arena.address, gather=offload, programs=programs)
+            index = half.upload_pairs(blocks[part], slots[part])
+            self._launch(half.stream, index, records, group, gather=offload, programs=programs)
         return [half.stream]
 
     def _staged(
-        self, offload: bool, lane: "_Lane", blocks: Indices, slots: Indices, after: object
+        self,
+        offload: bool,
+        lane: "_Lane",
+        blocks: Indices,
+        slots: Indices,
+        after: object,
+        group: tuple[int, int],
     ) -> Sequence[torch.cuda.Stream]:
         """Through the halves in turn: the bus moves what is in one, a kernel packs or unpacks the other."""
         assert kernel is not None
         programs = kernel.PROGRAMS_TO_PACK if offload else kernel.PROGRAMS_TO_UNPACK
+        offset, size = self._pieces.span(*group)
+        row_bytes = self._arena.slot_bytes if size == self._arena.record_bytes else size
+        rows = lane.rows(row_bytes)
         waiting = set(lane.halves)
         for chunk in _parts(len(slots), _MAX_BLOCKS):
             for half in lane.halves:
                 half.upload(blocks[chunk])
             offsets, host, sizes, bounds = record_copies(
                 slots[chunk],
-                lane.staged_blocks,
-                records=self._arena.address,
-                record_bytes=self._arena.record_bytes,
+                rows,
+                records=self._arena.address + offset,
+                size=size,
+                row_bytes=row_bytes,
                 slot_bytes=self._arena.slot_bytes,
                 chunk_slots=self._chunk_slots,
             )
-            parts = list(_parts(len(slots[chunk]), lane.staged_blocks))
+            parts = list(_parts(len(slots[chunk]), rows))
             halves = [lane.next_half() for _ in parts]
             staged = offsets + np.repeat([half.address for half in halves], np.diff(bounds))
             batch = driver.CopyBatch(*_to_and_from(offload, staged, host), sizes)
@@ -195,36 +251,11 @@ class CudaCopyEngine(CopyEngine):
                 if half in waiting:
                     waiting.remove(half)
                     _wait(stream, after)
-                self._launch(stream, half.staged(part), half.address, gather=offload, programs=programs)
+                records = _Rows(half.address - offset, row_bytes)
+                self._launch(stream, half.staged(part), records, group, gather=offload, programs=programs)
                 if offload:
                     batch.order(first, last, stream.cuda_stream)
         return [half.stream for half in lane.halves if half not in waiting]
-
-    def start_in_step(self, device_blocks: Indices, host_slots: Indices) -> InStepLoad:
-        """Group of layers by group. By kernel: the engine has no other use for its SMs meanwhile."""
-        stream = self._in_step
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        events = []
-        with torch.cuda.stream(stream):  # whose memory it is
-            memory = torch.empty(2 * len(host_slots), dtype=torch.int32, device=self._device)
-        index = _upload(memory, device_blocks, host_slots, stream)
-        for group in self._groups.ranges:
-            if kernel is not None and self._piece_copies is not None:
-                self._launch(
-                    stream,
-                    index,
-                    self._arena.address,
-                    group,
-                    gather=False,
-                    programs=kernel.PROGRAMS_FROM_HOST,
-                )
-            else:
-                device, host, sizes = self._block_copies(group, device_blocks, host_slots)
-                driver.copy_batch(device, host, sizes, stream.cuda_stream)
-            event = torch.cuda.Event()
-            event.record(stream)
-            events.append(event)
-        return _CudaInStepLoad(self._device, events, self._groups.by_name)
 
     # ---- inside ----
 
@@ -242,7 +273,6 @@ class CudaCopyEngine(CopyEngine):
         return kernel.PieceCopies(
             torch.from_numpy(table).to(self._device),
             (int(words.min()), int(words.max())),
-            self._arena.slot_bytes,
         )
 
     def _try_kernel(self) -> None:
@@ -260,8 +290,8 @@ class CudaCopyEngine(CopyEngine):
         self,
         stream: torch.cuda.Stream,
         index: "_Index",
-        records: int,
-        pieces: tuple[int, int] | None = None,
+        records: "_Rows",
+        pieces: tuple[int, int],
         *,
         gather: bool,
         programs: int,
@@ -273,28 +303,21 @@ class CudaCopyEngine(CopyEngine):
             index.start,
             index.row,
             index.count,
-            pieces or (0, len(self._pieces)),
-            records,
+            pieces,
+            records.address,
+            records.stride,
             gather=gather,
             programs=programs,
         )
 
-    def _block_copies(self, pieces: tuple[int, int], blocks: Indices, slots: Indices) -> Any:
-        return block_copies(
-            self._pieces,
-            pieces,
-            blocks,
-            slots,
-            records=self._arena.address,
-            slot_bytes=self._arena.slot_bytes,
-            chunk_slots=self._chunk_slots,
-        )
+    @property
+    def _able(self) -> list[Method]:
+        return list(Method) if self._piece_copies is not None else [Method.DMA]
 
-    def _choose_methods(self, wanted: Method | None) -> MethodTable:
-        methods = list(Method) if self._piece_copies is not None else [Method.DMA]
-        if wanted is not None and wanted in methods:
-            return always(wanted)
-        if len(methods) == 1 or self._pieces.copies == 1:
+    def _choose_methods(self) -> MethodTable:
+        if self._wanted is not None:
+            return always(self._wanted)
+        if self._able == [Method.DMA] or self._pieces.copies == 1:
             return always(Method.DMA)
         name = torch.cuda.get_device_name(self._device)
         shape = f"{len(self._pieces)} pieces of {self._pieces.size.max()} bytes"
@@ -304,7 +327,7 @@ class CudaCopyEngine(CopyEngine):
         if table is None:
             # The records that are loaded must hold something of the engine's.
             self._calibration_copy("offload", Method.DMA, self.ready_slots)
-            table = measure(self._calibration_copy, methods, _CALIBRATED_COUNTS, clock=time.perf_counter)
+            table = measure(self._calibration_copy, self._able, _CALIBRATED_COUNTS, clock=time.perf_counter)
             if table is None:
                 return always(Method.STAGED)
             file.save(key, table)
@@ -320,20 +343,24 @@ class CudaCopyEngine(CopyEngine):
 class _Half:
     """One of the two staging areas of a lane. The order of its stream protects its memory."""
 
-    def __init__(self, device: torch.device, blocks: int, slot_bytes: int) -> None:
+    def __init__(self, device: torch.device, size: int) -> None:
         self.stream = torch.cuda.Stream(device)
-        self._memory = torch.empty(blocks * slot_bytes, dtype=torch.uint8, device=device)
+        self._memory = torch.empty(size, dtype=torch.uint8, device=device)
         self.address = self._memory.data_ptr()
         # Blocks and records of a copy, then the rows of the staging area.
-        self.index = torch.arange(-2 * _MAX_BLOCKS, blocks, dtype=torch.int32, device=device)
+        self._index = torch.arange(-2 * _MAX_BLOCKS, _MAX_BLOCKS, dtype=torch.int32, device=device)
         self.stream.wait_stream(torch.cuda.current_stream(device))
 
     def upload(self, blocks: Indices) -> None:
-        driver.upload(self.index.data_ptr(), blocks.astype(np.int32), self.stream.cuda_stream)
+        driver.upload(self._index.data_ptr(), blocks.astype(np.int32), self.stream.cuda_stream)
+
+    def upload_pairs(self, blocks: Indices, records: Indices) -> "_Index":
+        self.upload(np.concatenate([blocks, records]))
+        return _Index(self._index, len(blocks), 0, len(blocks))
 
     def staged(self, part: slice) -> "_Index":
         """Blocks of a part of what was uploaded, which go to the rows from the first on."""
-        return _Index(self.index, 2 * _MAX_BLOCKS - part.start, part.start, part.stop - part.start)
+        return _Index(self._index, 2 * _MAX_BLOCKS - part.start, part.start, part.stop - part.start)
 
 
 class _Lane:
@@ -342,8 +369,12 @@ class _Lane:
     def __init__(self, device: torch.device, slot_bytes: int) -> None:
         self.lock = threading.Lock()
         staging = torch.cuda.get_device_properties(device).total_memory // _STAGING_SHARE
-        self.staged_blocks = min(_MAX_BLOCKS, max(1, staging // slot_bytes))
-        self.halves = [_Half(device, self.staged_blocks, slot_bytes) for _ in range(2)]
+        self.half_bytes = max(1, min(_MAX_BLOCKS, staging // slot_bytes)) * slot_bytes
+        self.halves = [_Half(device, self.half_bytes) for _ in range(2)]
+
+    def rows(self, row_bytes: int) -> int:
+        """How many of these are staged at once."""
+        return min(_MAX_BLOCKS, self.half_bytes // row_bytes)
 
     def synchronize(self) -> None:
         for half in self.halves:
@@ -354,19 +385,21 @@ class _Lane:
         return self.halves[0]
 
 
+@dataclass(frozen=True, slots=True)
 class _LayerGroups:
-    def __init__(self, ranges: list[tuple[int, int]], by_name: dict[str, int]) -> None:
-        self.ranges = ranges  # of pieces
-        self.by_name = by_name
+    ranges: list[tuple[int, int]]  # of pieces
+    by_name: dict[str, int]
+    whole: bool  # whether a block's part of each is one stretch of memory on the device
 
 
-def _layer_groups(layout: KvLayout, num_pieces: int) -> _LayerGroups:
-    """Layers in at most _IN_STEP_GROUPS groups of neighbours."""
-    spans = sorted(set(layout.layers.values())) or [(0, num_pieces)]
-    size = -(-len(spans) // _IN_STEP_GROUPS)
-    ranges = [(part[0][0], part[-1][1]) for part in (spans[i : i + size] for i in range(0, len(spans), size))]
-    group_of = {span: i // size for i, span in enumerate(spans)}
-    return _LayerGroups(ranges, {name: group_of[span] for name, span in layout.layers.items()})
+def _layer_groups(layout: KvLayout, pieces: PieceTable) -> _LayerGroups:
+    """Groups of neighbouring layers, see _IN_STEP_GROUPS."""
+    spans = sorted(set(layout.layers.values())) or [(0, len(pieces))]
+    ends = sorted({round(end * len(spans)) for end in _IN_STEP_GROUPS} - {0})
+    ranges = [(spans[first][0], spans[last - 1][1]) for first, last in pairwise([0, *ends])]
+    group_of = {span: bisect_right(ends, i) for i, span in enumerate(spans)}
+    by_name = {name: group_of[span] for name, span in layout.layers.items()}
+    return _LayerGroups(ranges, by_name, all(len(pieces.joined(*part)[0]) == 1 for part in ranges))
 
 
 class CudaTransfer(Transfer):
@@ -392,27 +425,29 @@ def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
 
 class _CudaInStepLoad(InStepLoad):
     def __init__(
-        self, device: torch.device, events: list[torch.cuda.Event], group_of: dict[str, int]
+        self, device: torch.device, ends: list[list[torch.cuda.Event]], group_of: dict[str, int]
     ) -> None:
         self._device = device
-        self._events = events
+        self._ends = ends  # of each group
         self._group_of = group_of
         self._passed = 0  # groups that the forward pass has been ordered behind
 
     def before_layer(self, name: str) -> None:
-        self._pass(self._group_of.get(name, len(self._events) - 1))
+        self._pass(self._group_of.get(name, len(self._ends) - 1))
 
     def before_all(self) -> None:
-        self._pass(len(self._events) - 1)
+        self._pass(len(self._ends) - 1)
 
     def _pass(self, group: int) -> None:
-        if group >= self._passed:
-            torch.cuda.current_stream(self._device).wait_event(self._events[group])
-            self._passed = group + 1
+        model = torch.cuda.current_stream(self._device)
+        while self._passed <= group:
+            for end in self._ends[self._passed]:
+                model.wait_event(end)
+            self._passed += 1
 
     @property
     def is_over(self) -> bool:
-        return self._events[-1].query()
+        return all(end.query() for ends in reversed(self._ends) for end in ends)
 
 
 def _parts(count: int, most: int) -> Iterator[slice]:
@@ -430,9 +465,12 @@ class _Index:
     count: int
 
 
-def _upload(memory: torch.Tensor, blocks: Indices, records: Indices, stream: torch.cuda.Stream) -> _Index:
-    driver.upload(memory.data_ptr(), np.concatenate([blocks, records]).astype(np.int32), stream.cuda_stream)
-    return _Index(memory, len(blocks), 0, len(blocks))
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Records in host memory or rows of a staging area: address of the first, bytes from one to the next."""
+
+    address: int
+    stride: int
 
 
 def _wait(stream: torch.cuda.Stream, after: object) -> None:

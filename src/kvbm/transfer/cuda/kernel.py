@@ -88,12 +88,11 @@ class PieceCopies:
     pieces: int64 tensor (4, pieces), see above, whose words are `words[0]` to `words[1]`.
     """
 
-    def __init__(self, pieces: torch.Tensor, words: tuple[int, int], record_stride: int) -> None:
+    def __init__(self, pieces: torch.Tensor, words: tuple[int, int]) -> None:
         self._pieces = pieces
         self._tile = next((tile for tile in _TILES if not any(n % tile for n in words)), _TILES[-1])
         self._tiles = -(-words[1] // self._tile)
         self._whole = words[0] == words[1] == self._tiles * self._tile
-        self._stride = record_stride
         self._compiled: dict[bool, driver.Kernel | None] = {}
 
     def launch(
@@ -105,19 +104,20 @@ class PieceCopies:
         n: int,
         piece_range: tuple[int, int],
         records: int,
+        record_stride: int,
         *,
         gather: bool,
         programs: int,
     ) -> None:
         """Copy a range of pieces of n blocks to (gather) or from their records, which begin at `records`.
 
-        index: int32 tensor, see above.
+        index: int32 tensor, see above. record_stride: bytes from one record to the next.
         """
         first, last = piece_range
         total = self._tiles * n * (last - first)
         programs = min(programs, total)
         numbers = start, row, n
-        rest = self._pieces.shape[1], first, self._tiles, total, records, self._stride
+        rest = self._pieces.shape[1], first, self._tiles, total, records, record_stride
         compiled = self._compiled.get(gather)
         if compiled is not None:
             arguments = index.data_ptr(), *numbers, self._pieces.data_ptr(), *rest
